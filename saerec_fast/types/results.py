@@ -1,0 +1,71 @@
+"""What the ops return."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TopKResult(NamedTuple):
+    """The k largest scores of each row, in descending order, ties by smallest index.
+
+    Attributes:
+        values: ``(..., k)`` in the dtype of the input; ``-inf`` where a row had fewer than k candidates.
+        indices: int64 ``(..., k)``; ``-1`` where a row had fewer than k candidates.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+class SparseFeatures(NamedTuple):
+    """Sparse feature activations of a batch, one compressed row per hidden state.
+
+    Row ``r`` (over the flattened batch) holds entries ``offsets[r]:offsets[r + 1]``. Within a row each
+    feature stands at most once. Top-k encoders give exactly k entries a row in descending order of value, where
+    a value of 0 means "selected, but not positive"; threshold encoders give the active features in ascending
+    order of index.
+
+    Attributes:
+        offsets: int64 ``(n_rows + 1,)``.
+        indices: int32 or int64 ``(n_entries,)``, feature ids.
+        values: ``(n_entries,)``, activations.
+        n_features: size of the dictionary.
+        batch_shape: leading shape of the hidden states, ``n_rows == prod(batch_shape)``.
+    """
+
+    offsets: Tensor
+    indices: Tensor
+    values: Tensor
+    n_features: int
+    batch_shape: tuple[int, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.batch_shape)
+
+    def row_ids(self) -> Tensor:
+        """The row number of every entry, int64 ``(n_entries,)``."""
+        rows = torch.arange(self.n_rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.indices.shape[0])
+
+    def dense(self) -> Tensor:
+        """Activations as a dense tensor ``(*batch_shape, n_features)``; differentiable in ``values``."""
+        flat = self.values.new_zeros((self.n_rows, self.n_features))
+        flat = flat.index_put((self.row_ids(), self.indices.long()), self.values)
+        return flat.reshape(*self.batch_shape, self.n_features)
+
+    def to_sparse_csr(self) -> Tensor:
+        """A ``torch.sparse_csr`` tensor ``(n_rows, n_features)`` with sorted columns and no stored zeros."""
+        keep = self.values != 0
+        rows = self.row_ids()[keep]
+        columns, values = self.indices[keep].long(), self.values[keep]
+        order = torch.argsort(rows * self.n_features + columns)
+        counts = torch.bincount(rows, minlength=self.n_rows)
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return torch.sparse_csr_tensor(
+            crow, columns[order], values[order], size=(self.n_rows, self.n_features), check_invariants=True
+        )
