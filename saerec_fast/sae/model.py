@@ -1,0 +1,576 @@
+"""The sparse autoencoder as a module: parameters, normalisation, saving; the arithmetic is the ops'."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saerec_fast.api import decode_sparse, encode_threshold, encode_topk, reconstruct, steer
+from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
+from saerec_fast.sae.activation_store import ActivationStore
+from saerec_fast.types import (
+    Activation,
+    BatchTopK,
+    JumpReLU,
+    ReLU,
+    SparseFeatures,
+    SteeringPlan,
+    TopK,
+    inference_threshold,
+)
+
+_FORMAT = "saerec_fast.sae"
+_VERSION = 1
+_WEIGHTS = "sae.safetensors"
+_CONFIG = "config.json"
+
+
+class FoldedWeights(NamedTuple):
+    """Weights that act on hidden states in their own units: the scalar normalisation is inside them.
+
+    Attributes:
+        W_enc: ``(n, d)``.
+        b_enc: ``(n,)``.
+        b_dec: ``(d,)``.
+        W_dec: ``(n, d)``.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    W_dec: Tensor
+
+
+class SparseAutoencoder(nn.Module):
+    """``a = act(W_enc (z − b_dec) + b_enc)``, ``x̂ = std · (a W_dec + b_dec) + mean`` with ``z = (x − mean) / std``.
+
+    Hidden states ``x`` and reconstructions ``x̂`` are in the units of the model they come from; activations ``a`` and
+    all parameters are in normalised units. ``mean`` and ``std`` are one number each (0 and 1 by default); they are
+    folded into the weights, so that normalising costs no pass over the data.
+
+    Decoder rows start as random directions of unit norm, and the encoder as a copy of the decoder (Gao et al.,
+    arXiv 2406.04093, section 2.4); both biases start at 0.
+
+    Args:
+        d_model: width ``d`` of the hidden states, ≥ 1.
+        n_features: size ``n`` of the dictionary, ≥ 1.
+        activation: :class:`~saerec_fast.types.ReLU` (default), ``JumpReLU``, ``TopK`` or ``BatchTopK``. A ``JumpReLU``
+            with a tensor of thresholds keeps it as the buffer ``threshold``.
+        mean: scalar that is subtracted from hidden states.
+        std: scalar that divides them, > 0.
+        generator: source of the initial directions; torch's global one by default.
+        device: of the parameters.
+        dtype: of the parameters; a floating type.
+
+    Attributes:
+        W_enc: parameter ``(n, d)``.
+        b_enc: parameter ``(n,)``.
+        W_dec: parameter ``(n, d)``.
+        b_dec: parameter ``(d,)``.
+        mean: buffer, float32 scalar whatever the type of the parameters.
+        std: likewise.
+
+    Raises:
+        ValueError: a size < 1, ``k`` > ``n_features``, thresholds of another size, or a ``std`` that is not positive.
+        TypeError: not an activation.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    mean: Tensor
+    std: Tensor
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        activation: Activation | None = None,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_model", d_model), ("n_features", n_features)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
+        self.d_model = d_model
+        self.n_features = n_features
+        self._folded: tuple[tuple[Any, ...], FoldedWeights] | None = None
+        self._scalars_seen: tuple[Any, ...] | None = None
+        self.register_buffer("threshold", None)
+        self.activation = ReLU() if activation is None else activation
+        dtype = dtype or torch.get_default_dtype()
+        if device is not None and torch.device(device).type == "meta":
+            decoder = torch.empty(n_features, d_model, dtype=dtype, device=device)
+        else:
+            # Drawn in float32 on the CPU: one seed gives one dictionary on every device and in every type.
+            directions = torch.empty(n_features, d_model, dtype=torch.float32).normal_(generator=generator)
+            decoder = nn.functional.normalize(directions, dim=1).to(device=device, dtype=dtype)
+        self.W_enc = nn.Parameter(decoder.clone())
+        self.b_enc = nn.Parameter(decoder.new_zeros(n_features))
+        self.W_dec = nn.Parameter(decoder.clone())
+        self.b_dec = nn.Parameter(decoder.new_zeros(d_model))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("std", torch.ones((), dtype=torch.float32, device=device))
+        if self.threshold is not None:
+            self.threshold = self.threshold.to(decoder)
+        self.set_normalization(mean, std)
+
+    @property
+    def activation(self) -> Activation:
+        """The activation function; setting it checks that it fits the dictionary."""
+        if self.threshold is not None:
+            return JumpReLU(self.threshold)
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Activation) -> None:
+        _check_activation(activation, self.n_features)
+        self.threshold = None
+        self._activation = activation
+        if isinstance(activation, JumpReLU) and isinstance(activation.threshold, Tensor):
+            self._activation = JumpReLU()
+            self.threshold = activation.threshold.detach().clone()
+            if "W_enc" in self._parameters:
+                self.threshold = self.threshold.to(self.W_enc)
+
+    def set_normalization(self, mean: float, std: float) -> None:
+        """Set the scalar normalisation; parameters keep their values, in normalised units.
+
+        Raises:
+            ValueError: ``mean`` is not finite, or ``std`` is not a finite number > 0.
+        """
+        if not math.isfinite(mean):
+            raise ValueError(f"mean: expected a finite number, got {mean}")
+        if not (math.isfinite(std) and std > 0):
+            raise ValueError(f"std: expected a finite number > 0, got {std}")
+        with torch.no_grad():
+            self.mean.fill_(mean)
+            self.std.fill_(std)
+        self._refresh_normalization()
+
+    def init_from(self, store: ActivationStore, *, normalize: bool = False) -> None:
+        """Set ``b_dec`` to the mean row of ``store``, and with ``normalize`` the scalars to its mean and std.
+
+        Args:
+            store: hidden states of width ``d_model``.
+            normalize: take the store's scalar mean and standard deviation; otherwise they stay as they are.
+
+        Raises:
+            ValueError: another width, an empty store, or one whose values are all equal while ``normalize`` is set.
+        """
+        if store.d_model != self.d_model:
+            raise ValueError(f"store: expected hidden states of width {self.d_model} (d_model), got {store.d_model}")
+        if normalize:
+            self.set_normalization(*store.mean_std())
+        centre = (store.column_mean() - self._mean) / self._std
+        with torch.no_grad():
+            self.b_dec.copy_(torch.from_numpy(np.asarray(centre)))
+
+    def encode(self, x: Tensor) -> SparseFeatures:
+        """Feature activations of hidden states.
+
+        A :class:`~saerec_fast.types.BatchTopK` selects over the whole batch while the module is in training mode,
+        and by its threshold otherwise.
+
+        Args:
+            x: ``(..., d_model)``.
+
+        Returns:
+            Sparse activations, in normalised units.
+
+        Raises:
+            ValueError: another width, or a ``BatchTopK`` without a threshold outside training.
+        """
+        self._check_width(x)
+        weights = self.folded_weights()
+        activation = self.activation
+        if isinstance(activation, TopK):
+            return encode_topk(x, weights.W_enc, weights.b_enc, weights.b_dec, k=activation.k)
+        if isinstance(activation, BatchTopK) and self.training:
+            return _encode_batch_topk(x, weights, activation.k)
+        threshold = inference_threshold(activation)
+        assert threshold is not None  # only TopK has none
+        return encode_threshold(x, weights.W_enc, weights.b_enc, weights.b_dec, threshold)
+
+    def decode(self, features: SparseFeatures) -> Tensor:
+        """Hidden states ``(*batch_shape, d_model)`` from feature activations.
+
+        Raises:
+            ValueError: features of a dictionary of another size.
+        """
+        if features.n_features != self.n_features:
+            raise ValueError(
+                f"features: expected a dictionary of {self.n_features} features, got one of {features.n_features}"
+            )
+        weights = self.folded_weights()
+        return decode_sparse(features, weights.W_dec, weights.b_dec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction ``x̂`` of hidden states ``x (..., d_model)``, same shape and units.
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        if self.training or self._needs_grad() or (torch.is_grad_enabled() and x.requires_grad):
+            return self.decode(self.encode(x))
+        self._check_width(x)
+        weights = self.folded_weights()
+        return reconstruct(x, weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, self._inference_activation())
+
+    def steer(
+        self, x: Tensor, plan: SteeringPlan, strengths: Tensor | None = None, valid: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states with the plan's edits made to their features; a new tensor in the shape and units of ``x``.
+
+        Args:
+            x: ``(..., d_model)``; for positions ``"last"``, ``(..., length, d_model)``.
+            plan: the edits, in units of the (normalised) activations.
+            strengths: ``(m,)`` or ``(..., m)``, replacing the values of the plan's ``m`` edits.
+            valid: bool, the leading shape of ``x``; rows that are not valid come back unchanged.
+
+        Raises:
+            ValueError: another width, a feature id ≥ ``n_features``, or a mask of another shape.
+        """
+        self._check_width(x)
+        for edit in plan.edits:
+            if edit.feature >= self.n_features:
+                raise ValueError(f"plan: expected feature ids < {self.n_features} (n_features), got {edit.feature}")
+        weights = self.folded_weights()
+        return steer(
+            x,
+            weights.W_enc,
+            weights.b_enc,
+            weights.b_dec,
+            weights.W_dec,
+            self._inference_activation(),
+            plan,
+            strengths=strengths,
+            valid=valid,
+        )
+
+    def folded_weights(self) -> FoldedWeights:
+        """The weights to give to the ops: ``W_enc / std``, ``b_enc``, ``std · b_dec + mean``, ``std · W_dec``.
+
+        Without normalisation these are the parameters themselves. With it they are kept until a parameter changes
+        (seen by its version counter, which changes through ``.data`` do not move; ``train()`` and ``eval()`` drop what
+        is kept), except where gradients with respect to the parameters are needed.
+        """
+        if torch.compiler.is_compiling():
+            return self._fold() if self._is_normalized else self._plain_weights()
+        scalars_key = _version_key(self.mean, self.std)
+        if scalars_key is None or scalars_key != self._scalars_seen:
+            self._refresh_normalization()
+            self._scalars_seen = scalars_key
+        if not self._is_normalized:
+            return self._plain_weights()
+        if self._needs_grad():
+            return self._fold()
+        key = _version_key(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.mean, self.std)
+        if key is None:
+            return self._fold()
+        if self._folded is None or self._folded[0] != key:
+            # Not as inference tensors, even where inference_mode is on: a later call may need them in a graph.
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = (key, self._fold())
+        return self._folded[1]
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scale every decoder row to unit norm, in place; a row of zeros stays as it is."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        self.W_dec.div_(norms.masked_fill_(norms == 0, 1.0))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Take out of ``W_dec.grad`` the part along each (unit-norm) decoder row, in place.
+
+        The optimiser then does not work against the normalisation (Bricken et al. 2023, Towards Monosemanticity; Gao
+        et al., arXiv 2406.04093, section 2.4). Does nothing without a gradient.
+        """
+        gradient = self.W_dec.grad
+        if gradient is not None:
+            along = torch.linalg.vecdot(gradient, self.W_dec).unsqueeze_(1)
+            gradient.addcmul_(along, self.W_dec, value=-1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder ``path`` with ``sae.safetensors`` and ``config.json``, each atomically.
+
+        Raises:
+            ValueError: weights that are not finite.
+        """
+        folder = Path(path)
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite weights, got NaN or infinity; nothing was saved")
+        config = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "d_model": self.d_model,
+            "n_features": self.n_features,
+            "activation": activation_to_dict(self.activation),
+        }
+        write_tensors(folder / _WEIGHTS, tensors)
+        # Ties the two files together: stopping between the writes must not pair new weights with an old config.
+        config["weights_sha256"] = _sha256(folder / _WEIGHTS)
+        write_json(folder / _CONFIG, config)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SparseAutoencoder:
+        """Read what :meth:`save` wrote; the parameters keep the type they were saved in.
+
+        Args:
+            path: the folder.
+            device: where the parameters go.
+
+        Returns:
+            The autoencoder in evaluation mode.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is truncated, corrupt, of another version, or does not fit the other one: keys, shapes,
+                types, values that are not finite. The message names the file and what was expected.
+        """
+        folder = Path(path)
+        config_path, weights_path = folder / _CONFIG, folder / _WEIGHTS
+        for file in (config_path, weights_path):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: no such file; expected a folder written by SparseAutoencoder.save")
+        config = read_json(config_path)
+        if not isinstance(config, dict) or config.get("format") != _FORMAT:
+            raise ValueError(f'{config_path}: expected a json object with "format": "{_FORMAT}"')
+        if config.get("version") != _VERSION:
+            raise ValueError(f"{config_path}: expected version {_VERSION}, got {config.get('version')!r}")
+        required = {"format", "version", "d_model", "n_features", "activation"}
+        if set(config) - {"weights_sha256"} != required:
+            raise ValueError(f"{config_path}: expected keys {sorted(required)}, got {sorted(config)}")
+        tensors = read_tensors(weights_path)
+        try:
+            activation = activation_from_dict(config["activation"], tensors.get("threshold"))
+            sae = cls(config["d_model"], config["n_features"], activation, device="meta")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{config_path}: {error}") from None
+        expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+        _check_tensors(weights_path, tensors, expected)
+        if config.get("weights_sha256") not in (None, _sha256(weights_path)):
+            raise ValueError(f"{weights_path}: not the weights that {config_path} was saved with (weights_sha256)")
+        # Copies: what safetensors returns may lie at any address, and vector loads like aligned rows.
+        sae.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, assign=True)
+        return sae.eval()
+
+    def extra_repr(self) -> str:
+        activation = self._activation if self.threshold is None else "JumpReLU(threshold=<buffer>)"
+        return f"d_model={self.d_model}, n_features={self.n_features}, activation={activation}"
+
+    def train(self, mode: bool = True) -> SparseAutoencoder:
+        """Switch between training and evaluation; drops folded weights that were kept."""
+        self._folded = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
+        # The two scalars follow a change of device but not of type: bfloat16 would round them before they are folded.
+        scalars = {"mean": self.mean, "std": self.std}
+        super()._apply(fn, recurse)
+        for name, scalar in scalars.items():
+            moved: Tensor = getattr(self, name)
+            if moved.dtype != scalar.dtype:
+                setattr(self, name, scalar.to(moved.device))
+        self._folded = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._folded = None
+        if not self.mean.is_meta:
+            self._refresh_normalization()
+
+    def _refresh_normalization(self) -> None:
+        if self.mean.is_meta:
+            self._mean, self._std = 0.0, 1.0
+        else:
+            self._mean, self._std = float(self.mean), float(self.std)
+        self._is_normalized = self._mean != 0.0 or self._std != 1.0
+
+    def _needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            parameter.requires_grad for parameter in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        )
+
+    def _plain_weights(self) -> FoldedWeights:
+        return FoldedWeights(self.W_enc, self.b_enc, self.b_dec, self.W_dec)
+
+    def _fold(self) -> FoldedWeights:
+        # In float32 at least, so that a bfloat16 weight is rounded once.
+        dtype = self.W_enc.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        return FoldedWeights(
+            (self.W_enc.to(wide) / self.std).to(dtype),
+            self.b_enc,
+            (self.b_dec.to(wide) * self.std + self.mean).to(dtype),
+            (self.W_dec.to(wide) * self.std).to(dtype),
+        )
+
+    def _inference_activation(self) -> Activation:
+        activation = self.activation
+        inference_threshold(activation)
+        return activation
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x: expected shape (..., {self.d_model}) (d_model), got {tuple(x.shape)}")
+
+
+def activation_to_dict(activation: Activation) -> dict[str, Any]:
+    """A json-ready description of an activation; a tensor of thresholds becomes ``{"threshold": "tensor"}``.
+
+    Raises:
+        TypeError: not an activation.
+    """
+    match activation:
+        case ReLU():
+            return {"kind": "relu"}
+        case JumpReLU(threshold=threshold):
+            return {"kind": "jump_relu", "threshold": "tensor" if isinstance(threshold, Tensor) else float(threshold)}
+        case TopK(k=k):
+            return {"kind": "topk", "k": k}
+        case BatchTopK(k=k, threshold=threshold):
+            return {"kind": "batch_topk", "k": k, "threshold": threshold}
+    raise TypeError(f"activation: expected ReLU, JumpReLU, TopK or BatchTopK, got {type(activation).__name__}")
+
+
+def activation_from_dict(data: Any, threshold: Tensor | None = None) -> Activation:
+    """Inverse of :func:`activation_to_dict`.
+
+    Args:
+        data: the description.
+        threshold: the tensor that ``{"threshold": "tensor"}`` stands for.
+
+    Raises:
+        ValueError: an unknown kind, missing or unknown keys, or a value out of range.
+    """
+    expected = {
+        "relu": {"kind"},
+        "jump_relu": {"kind", "threshold"},
+        "topk": {"kind", "k"},
+        "batch_topk": {"kind", "k", "threshold"},
+    }
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in expected:
+        raise ValueError(f"activation: expected an object whose kind is one of {', '.join(expected)}, got {data!r}")
+    if set(data) != expected[kind]:
+        raise ValueError(f"activation: expected keys {sorted(expected[kind])} for {kind}, got {sorted(data)}")
+    if kind == "relu":
+        return ReLU()
+    if kind == "topk":
+        return TopK(data["k"])
+    value = data["threshold"]
+    if kind == "jump_relu" and value == "tensor":
+        if threshold is None:
+            raise ValueError("activation: expected a tensor 'threshold' among the weights, got none")
+        return JumpReLU(threshold)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number and not (kind == "batch_topk" and value is None):
+        raise ValueError(f"activation: expected a number as threshold, got {value!r}")
+    return (
+        JumpReLU(float(value)) if kind == "jump_relu" else BatchTopK(data["k"], None if value is None else float(value))
+    )
+
+
+def _encode_batch_topk(x: Tensor, weights: FoldedWeights, k: int) -> SparseFeatures:
+    """The ``k`` × rows largest pre-activations of the batch that are positive, dense and differentiable."""
+    flat = x.reshape(-1, x.shape[-1])
+    pre = torch.addmm(weights.b_enc, flat - weights.b_dec, weights.W_enc.T).relu()
+    selected = select_batch_topk(pre.detach(), k)
+    rows, columns = selected.nonzero(as_tuple=True)
+    offsets = torch.cat([rows.new_zeros(1), selected.sum(1).cumsum(0)])
+    return SparseFeatures(offsets, columns.int(), pre[rows, columns], pre.shape[1], tuple(x.shape[:-1]))
+
+
+def select_batch_topk(activations: Tensor, k: int) -> Tensor:
+    """Which of the (non-negative) activations ``(m, n)`` are among the ``k · m`` largest and positive, bool ``(m, n)``.
+
+    Ties: smallest position (row by row) first.
+    """
+    count = min(k * activations.shape[0], activations.numel())
+    if count == 0:
+        return torch.zeros_like(activations, dtype=torch.bool)
+    smallest = kth_largest(activations, count)
+    if smallest <= 0:
+        return activations > 0
+    # "Not <" rather than ">=": a NaN stays visible.
+    selected = ~(activations < smallest)
+    surplus = int(selected.sum()) - count
+    if surplus:
+        ties = (activations == smallest).flatten().nonzero().squeeze(1)
+        selected.view(-1)[ties[ties.numel() - surplus :]] = False
+    return selected
+
+
+def kth_largest(values: Tensor, k: int) -> float:
+    """The k-th largest (from 1) of all values of a tensor."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        # numpy's partition is vectorised and in place, torch's selection is neither.
+        flat = values.flatten().numpy().copy()
+        flat.partition(flat.size - k)
+        return float(flat[flat.size - k])
+    return float(values.flatten().topk(k, sorted=False).values.min())
+
+
+def _check_activation(activation: Activation, n_features: int) -> None:
+    if not isinstance(activation, (ReLU, JumpReLU, TopK, BatchTopK)):
+        raise TypeError(f"activation: expected ReLU, JumpReLU, TopK or BatchTopK, got {type(activation).__name__}")
+    if isinstance(activation, (TopK, BatchTopK)) and activation.k > n_features:
+        raise ValueError(f"k: expected at most {n_features} (n_features), got {activation.k}")
+    if isinstance(activation, JumpReLU) and isinstance(activation.threshold, Tensor):
+        shape = tuple(activation.threshold.shape)
+        if shape not in ((), (n_features,)):
+            raise ValueError(f"threshold: expected a scalar or ({n_features},), got shape {shape}")
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    if set(tensors) != set(expected):
+        raise ValueError(f"{path}: expected tensors {sorted(expected)}, got {sorted(tensors)}")
+    dtype = tensors["W_enc"].dtype
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{path}: {name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        wanted = torch.float32 if name in ("mean", "std") else dtype
+        if tensor.dtype != wanted or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name}: expected a floating type, {wanted}, got {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name}: expected finite values, got NaN or infinity")
+    if not tensors["std"] > 0:
+        raise ValueError(f"{path}: std: expected a number > 0, got {float(tensors['std'])}")
+    if "threshold" in tensors and not (tensors["threshold"] >= 0).all():
+        raise ValueError(f"{path}: threshold: expected numbers >= 0")
+
+
+def _version_key(*tensors: Tensor) -> tuple[Any, ...] | None:
+    """Changes whenever one of the tensors does; ``None`` where that cannot be seen (made under inference_mode)."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
