@@ -1,0 +1,16 @@
+"""Interaction data: reading, describing, splitting by users."""
+
+from saerec_fast.data.dataset import Dataset, ItemTable, attribute_shares, common_attributes, describe
+from saerec_fast.data.readers import read_dataset
+from saerec_fast.data.splits import Split, split_users
+
+__all__ = [
+    "Dataset",
+    "ItemTable",
+    "Split",
+    "attribute_shares",
+    "common_attributes",
+    "describe",
+    "read_dataset",
+    "split_users",
+]
