@@ -3,6 +3,7 @@
 from saerec_fast.data.dataset import Dataset, ItemTable, attribute_shares, common_attributes, describe
 from saerec_fast.data.readers import read_dataset
 from saerec_fast.data.splits import Split, split_users
+from saerec_fast.data.synthetic import synthetic_dataset
 
 __all__ = [
     "Dataset",
@@ -13,4 +14,5 @@ __all__ = [
     "describe",
     "read_dataset",
     "split_users",
+    "synthetic_dataset",
 ]
