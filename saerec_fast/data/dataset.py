@@ -348,7 +348,9 @@ def _count_pairs(dataset: Dataset) -> int:
     for start, stop in user_chunks(dataset.offsets, 4_000_000):
         first, last = dataset.offsets[start], dataset.offsets[stop]
         users = np.repeat(np.arange(start, stop), np.diff(dataset.offsets[start : stop + 1]))
-        count += len(np.unique(users * np.int64(dataset.n_items) + dataset.items[first:last]))
+        pairs = users * np.int64(dataset.n_items) + dataset.items[first:last]
+        pairs.sort()  # many times faster here than np.unique
+        count += int((np.diff(pairs) != 0).sum()) + bool(len(pairs))
     return count
 
 
