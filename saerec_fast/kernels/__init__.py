@@ -1,0 +1,1 @@
+"""From tensors to kernels, one module per kind of device."""

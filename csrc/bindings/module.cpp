@@ -1,0 +1,195 @@
+// Python bindings: addresses, sizes and strides in, GIL released around the kernels. Strides are in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "../cpu/parallel.h"
+#include "saerec/decode_sparse.h"
+#include "saerec/encode_threshold.h"
+#include "saerec/isa.h"
+#include "saerec/linear_topk.h"
+#include "saerec/sparse_gradients.h"
+#include "saerec/steer.h"
+
+namespace py = pybind11;
+using saerec::DType;
+using saerec::IndexType;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, rows, cols, row stride, column stride); all tensors of a call share one dtype.
+saerec::Matrix matrix(const py::tuple& view, int dtype) {
+  saerec::Matrix m;
+  m.data = pointer<void>(view[0].cast<uintptr_t>());
+  m.dtype = static_cast<DType>(dtype);
+  m.rows = view[1].cast<int64_t>();
+  m.cols = view[2].cast<int64_t>();
+  m.row_stride = view[3].cast<int64_t>();
+  m.col_stride = view[4].cast<int64_t>();
+  return m;
+}
+
+// (address, size, stride), or None.
+saerec::Vector vector(const py::object& view, int dtype) {
+  saerec::Vector v;
+  if (view.is_none()) return v;
+  const py::tuple parts = view.cast<py::tuple>();
+  v.data = pointer<void>(parts[0].cast<uintptr_t>());
+  v.dtype = static_cast<DType>(dtype);
+  v.size = parts[1].cast<int64_t>();
+  v.stride = parts[2].cast<int64_t>();
+  return v;
+}
+
+void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const py::object& bias,
+                 const py::object& shift, int64_t k, uintptr_t exclude_offsets, uintptr_t exclude_ids, bool relu,
+                 uintptr_t values, uintptr_t indices, int index_type, int threads) {
+  saerec::LinearTopKParams params;
+  params.x = matrix(x, dtype);
+  params.weight = matrix(weight, dtype);
+  params.bias = vector(bias, dtype);
+  params.shift = vector(shift, dtype);
+  params.k = k;
+  params.exclude_offsets = pointer<const int64_t>(exclude_offsets);
+  params.exclude_ids = pointer<const int64_t>(exclude_ids);
+  params.relu = relu;
+  params.values = pointer<void>(values);
+  params.indices = pointer<void>(indices);
+  params.index_type = static_cast<IndexType>(index_type);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::linear_topk(params);
+}
+
+std::unique_ptr<saerec::SparseRows> encode_threshold(int dtype, const py::tuple& x, const py::tuple& weight,
+                                                     const py::object& bias, const py::object& shift,
+                                                     const py::tuple& thresholds, int threads) {
+  saerec::EncodeThresholdParams params;
+  params.x = matrix(x, dtype);
+  params.weight = matrix(weight, dtype);
+  params.bias = vector(bias, dtype);
+  params.shift = vector(shift, dtype);
+  params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  return saerec::encode_threshold(params);
+}
+
+void decode_sparse(int dtype, uintptr_t offsets, uintptr_t indices, int index_type, const py::tuple& values,
+                   int value_dtype, const py::tuple& weight, const py::object& bias, const py::tuple& out,
+                   int threads) {
+  saerec::DecodeSparseParams params;
+  params.offsets = pointer<const int64_t>(offsets);
+  params.indices = {pointer<const void>(indices), static_cast<IndexType>(index_type)};
+  params.values = vector(values, value_dtype);
+  params.weight = matrix(weight, dtype);
+  params.bias = vector(bias, dtype);
+  params.out = matrix(out, dtype);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::decode_sparse(params);
+}
+
+void sparse_dot(int dtype, uintptr_t offsets, uintptr_t indices, int index_type, const py::tuple& rows,
+                const py::tuple& weight, uintptr_t out, int out_dtype, int threads) {
+  saerec::SparseDotParams params;
+  params.offsets = pointer<const int64_t>(offsets);
+  params.indices = {pointer<const void>(indices), static_cast<IndexType>(index_type)};
+  params.rows = matrix(rows, dtype);
+  params.weight = matrix(weight, dtype);
+  params.out = pointer<void>(out);
+  params.out_dtype = static_cast<DType>(out_dtype);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::sparse_dot(params);
+}
+
+void sparse_weight_gradient(int dtype, uintptr_t offsets, uintptr_t indices, int index_type,
+                            const py::tuple& coefficients, int coefficient_dtype, const py::tuple& rows,
+                            const py::object& shift, const py::tuple& out, uintptr_t out_sum, int threads) {
+  saerec::SparseWeightGradientParams params;
+  params.offsets = pointer<const int64_t>(offsets);
+  params.indices = {pointer<const void>(indices), static_cast<IndexType>(index_type)};
+  params.coefficients = vector(coefficients, coefficient_dtype);
+  params.rows = matrix(rows, dtype);
+  params.shift = vector(shift, dtype);
+  params.out = matrix(out, dtype);
+  params.out_sum = pointer<void>(out_sum);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::sparse_weight_gradient(params);
+}
+
+void steer(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
+           const py::tuple& weight_dec, int64_t k, const py::object& thresholds, bool reconstruct, int64_t n_edits,
+           uintptr_t edit_features, uintptr_t edit_ops, uintptr_t edit_values, int64_t edit_values_row_stride,
+           uintptr_t row_mask, const py::tuple& out, int threads) {
+  saerec::SteerParams params;
+  params.x = matrix(x, dtype);
+  params.weight_enc = matrix(weight_enc, dtype);
+  params.bias = vector(bias, dtype);
+  params.shift = vector(shift, dtype);
+  params.weight_dec = matrix(weight_dec, dtype);
+  params.k = k;
+  params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+  params.reconstruct = reconstruct;
+  params.n_edits = n_edits;
+  params.edit_features = pointer<const int64_t>(edit_features);
+  params.edit_ops = pointer<const int64_t>(edit_ops);
+  params.edit_values = pointer<const float>(edit_values);
+  params.edit_values_row_stride = edit_values_row_stride;
+  params.row_mask = pointer<const bool>(row_mask);
+  params.out = matrix(out, dtype);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::steer(params);
+}
+
+const char* compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU kernels of saerec_fast; saerec_fast.kernels.cpu is the only caller.";
+  module.def("linear_topk", &linear_topk);
+  module.def("encode_threshold", &encode_threshold);
+  module.def("decode_sparse", &decode_sparse);
+  module.def("sparse_dot", &sparse_dot);
+  module.def("sparse_weight_gradient", &sparse_weight_gradient);
+  module.def("steer", &steer);
+  py::class_<saerec::SparseRows>(module, "SparseRows")
+      .def_property_readonly("n_entries", &saerec::SparseRows::n_entries)
+      .def("copy_to", [](const saerec::SparseRows& rows, uintptr_t offsets, uintptr_t indices, uintptr_t values,
+                         int dtype) {
+        const py::gil_scoped_release release;
+        rows.copy_to(pointer<int64_t>(offsets), pointer<int32_t>(indices), pointer<void>(values),
+                     static_cast<DType>(dtype));
+      });
+  module.def("compiled_isas", &saerec::compiled_isas);
+  module.def("supported_isas", &saerec::supported_isas);
+  module.def("active_isa", &saerec::active_isa);
+  module.def("set_isa", &saerec::set_isa, py::arg("name"));
+  module.def("set_serial", &saerec::set_serial, py::arg("serial"));
+  module.def("is_serial", &saerec::is_serial);
+  module.def("compiler", &compiler);
+#if defined(_OPENMP)
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
+}

@@ -1,0 +1,103 @@
+#include "saerec/isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "kernels.h"
+
+#define SAEREC_TIER scalar
+#include "tier.inc"
+#undef SAEREC_TIER
+#if defined(SAEREC_HAVE_X86_TIERS)
+#define SAEREC_TIER avx2
+#include "tier.inc"
+#undef SAEREC_TIER
+#define SAEREC_TIER avx512
+#include "tier.inc"
+#undef SAEREC_TIER
+#endif
+
+#define SAEREC_TIER_KERNELS(tier)                                                                                \
+  {tier::sweep_topk, tier::sweep_threshold, tier::sweep_dense, tier::decode_rows, tier::dot_rows, tier::sum_groups}
+
+namespace saerec {
+
+namespace {
+
+struct Tier {
+  const char* name;
+  bool (*runnable)();
+  Kernels kernels;
+};
+
+// __builtin_cpu_supports checks CPUID and, through XGETBV, that the system saves the registers.
+const Tier kTiers[] = {
+    {"scalar", [] { return true; }, SAEREC_TIER_KERNELS(scalar)},
+#if defined(SAEREC_HAVE_X86_TIERS)
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     },
+     SAEREC_TIER_KERNELS(avx2)},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     },
+     SAEREC_TIER_KERNELS(avx512)},
+#endif
+};
+
+const Tier* fastest() {
+  const Tier* best = kTiers;
+  for (const Tier& tier : kTiers) {
+    if (tier.runnable()) best = &tier;
+  }
+  return best;
+}
+
+std::atomic<const Tier*>& active() {
+  static std::atomic<const Tier*> tier{fastest()};
+  return tier;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+const Kernels& active_kernels() { return active().load(std::memory_order_relaxed)->kernels; }
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Tier& tier : kTiers) names.emplace_back(tier.name);
+  return names;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Tier& tier : kTiers) {
+    if (tier.runnable()) names.emplace_back(tier.name);
+  }
+  return names;
+}
+
+std::string active_isa() { return active().load(std::memory_order_relaxed)->name; }
+
+void set_isa(const std::string& name) {
+  for (const Tier& tier : kTiers) {
+    if (name != tier.name) continue;
+    if (!tier.runnable()) {
+      throw std::invalid_argument("SAEREC_FAST_ISA: this CPU cannot run '" + name +
+                                  "'; it can run: " + joined(supported_isas()));
+    }
+    active().store(&tier, std::memory_order_relaxed);
+    return;
+  }
+  throw std::invalid_argument("SAEREC_FAST_ISA: expected one of " + joined(compiled_isas()) + ", got '" + name + "'");
+}
+
+}  // namespace saerec

@@ -1,0 +1,223 @@
+"""From CPU tensors to the C++ kernels.
+
+Arguments are trusted: the public ops in :mod:`saerec_fast.api` have checked them. Hidden states come as ``(R, d)``
+with any strides; all tensors of a call but thresholds, edit values and offsets share one dtype.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saerec_fast import _C
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INDEX_TYPE = {torch.int32: 0, torch.int64: 1}
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    rows, cols = tensor.shape
+    row_stride, col_stride = tensor.stride()
+    return tensor.data_ptr(), rows, cols, row_stride, col_stride
+
+
+def _vector(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape[0], tensor.stride(0))
+
+
+def _float_vector(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32)
+
+
+def linear_topk(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    exclude_offsets: Tensor | None,
+    exclude_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Values ``(R, k)`` in the dtype of x, indices int64 ``(R, k)``."""
+    values = torch.empty((x.shape[0], k), dtype=x.dtype)
+    indices = torch.empty((x.shape[0], k), dtype=torch.int64)
+    _C.linear_topk(
+        _DTYPE[x.dtype],
+        _matrix(x),
+        _matrix(weight),
+        _vector(bias),
+        None,
+        k,
+        0 if exclude_offsets is None else exclude_offsets.data_ptr(),
+        0 if exclude_ids is None else exclude_ids.data_ptr(),
+        False,
+        values.data_ptr(),
+        indices.data_ptr(),
+        1,
+        torch.get_num_threads(),
+    )
+    return values, indices
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Values ``(R, k)`` after the ReLU, indices int32 ``(R, k)``."""
+    values = torch.empty((x.shape[0], k), dtype=x.dtype)
+    indices = torch.empty((x.shape[0], k), dtype=torch.int32)
+    _C.linear_topk(
+        _DTYPE[x.dtype],
+        _matrix(x),
+        _matrix(W_enc),
+        _vector(b_enc),
+        _vector(b_dec),
+        k,
+        0,
+        0,
+        True,
+        values.data_ptr(),
+        indices.data_ptr(),
+        0,
+        torch.get_num_threads(),
+    )
+    return values, indices
+
+
+def encode_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets int64 ``(R + 1,)``, indices int32 ``(entries,)``, values ``(entries,)`` in the dtype of x."""
+    dtype = _DTYPE[x.dtype]
+    threshold = _float_vector(threshold)
+    rows = _C.encode_threshold(
+        dtype,
+        _matrix(x),
+        _matrix(W_enc),
+        _vector(b_enc),
+        _vector(b_dec),
+        _vector(threshold),
+        torch.get_num_threads(),
+    )
+    offsets = torch.empty(x.shape[0] + 1, dtype=torch.int64)
+    indices = torch.empty(rows.n_entries, dtype=torch.int32)
+    values = torch.empty(rows.n_entries, dtype=x.dtype)
+    rows.copy_to(offsets.data_ptr(), indices.data_ptr(), values.data_ptr(), dtype)
+    return offsets, indices, values
+
+
+def decode_sparse(
+    offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> Tensor:
+    """Decoded hidden states ``(R, d)`` in the dtype of W_dec."""
+    offsets, indices = offsets.contiguous(), indices.contiguous()
+    out = torch.empty((offsets.shape[0] - 1, W_dec.shape[1]), dtype=W_dec.dtype)
+    _C.decode_sparse(
+        _DTYPE[W_dec.dtype],
+        offsets.data_ptr(),
+        indices.data_ptr(),
+        _INDEX_TYPE[indices.dtype],
+        _vector(values),
+        _DTYPE[values.dtype],
+        _matrix(W_dec),
+        _vector(b_dec),
+        _matrix(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def sparse_dot(offsets: Tensor, indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """``out[e] = <rows[row(e)], weight[indices[e]]>``, ``(entries,)``; 0 where the index is negative."""
+    offsets, indices = offsets.contiguous(), indices.contiguous()
+    rows, weight = _unit_columns(rows), _unit_columns(weight)
+    out = torch.empty(indices.shape[0], dtype=weight.dtype)
+    _C.sparse_dot(
+        _DTYPE[weight.dtype],
+        offsets.data_ptr(),
+        indices.data_ptr(),
+        _INDEX_TYPE[indices.dtype],
+        _matrix(rows),
+        _matrix(weight),
+        out.data_ptr(),
+        _DTYPE[out.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def sparse_weight_gradient(
+    offsets: Tensor, indices: Tensor, coefficients: Tensor, rows: Tensor, shift: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
+    """``(n, d)``: per feature the sum of ``coefficient · (row − shift)``; ``(n,)``: the sum of coefficients."""
+    offsets, indices = offsets.contiguous(), indices.contiguous()
+    rows = _unit_columns(rows)
+    out = torch.empty((n, rows.shape[1]), dtype=rows.dtype)
+    out_sum = torch.empty(n, dtype=rows.dtype)
+    _C.sparse_weight_gradient(
+        _DTYPE[rows.dtype],
+        offsets.data_ptr(),
+        indices.data_ptr(),
+        _INDEX_TYPE[indices.dtype],
+        _vector(coefficients),
+        _DTYPE[coefficients.dtype],
+        _matrix(rows),
+        _vector(shift),
+        _matrix(out),
+        out_sum.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, out_sum
+
+
+def steer(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    k: int,
+    reconstruct: bool,
+    features: list[int],
+    ops: list[int],
+    values: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Steered hidden states ``(R, d)``. ``values`` is ``(m,)`` or ``(R, m)``, ``mask`` bool ``(R,)``."""
+    values = _float_vector(values).contiguous()
+    mask = None if mask is None else mask.contiguous()
+    threshold = None if threshold is None else _float_vector(threshold)
+    edit_features, edit_ops = array("q", features), array("q", ops)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.steer(
+        _DTYPE[x.dtype],
+        _matrix(x),
+        _matrix(W_enc),
+        _vector(b_enc),
+        _vector(b_dec),
+        _matrix(W_dec),
+        k,
+        None if threshold is None else _vector(threshold),
+        reconstruct,
+        len(features),
+        edit_features.buffer_info()[0],
+        edit_ops.buffer_info()[0],
+        values.data_ptr(),
+        values.shape[-1] if values.dim() == 2 else 0,
+        0 if mask is None else mask.data_ptr(),
+        _matrix(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _unit_columns(matrix: Tensor) -> Tensor:
+    # Gradient kernels read whole rows; a strided view is rare there, and copying it is linear in its size.
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def isa() -> dict[str, Any]:
+    """Tiers compiled, tiers this CPU can run, the tier in use."""
+    return {"compiled": _C.compiled_isas(), "supported": _C.supported_isas(), "active": _C.active_isa()}

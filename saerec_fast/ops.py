@@ -1,0 +1,260 @@
+"""The ops as PyTorch operators ``torch.ops.saerec_fast.*``: CPU kernels, fake kernels, autograd.
+
+Everything here works on flat hidden states ``(R, d)`` and trusts its arguments; callers use :mod:`saerec_fast.api`.
+``Library.define`` / ``impl`` with an ``autograd.Function`` under the Autograd key costs a third of what
+``custom_op`` does per call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saerec_fast.backend import available_backends
+
+_library = torch.library.Library("saerec_fast", "DEF")
+
+_SCHEMAS = {
+    "linear_topk": "(Tensor x, Tensor weight, Tensor? bias, int k, Tensor? exclude_offsets, Tensor? exclude_ids)"
+    " -> (Tensor, Tensor)",
+    "encode_topk": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k) -> (Tensor, Tensor)",
+    "encode_threshold": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold)"
+    " -> (Tensor, Tensor, Tensor)",
+    "decode_sparse": "(Tensor offsets, Tensor indices, Tensor values, Tensor W_dec, Tensor? b_dec) -> Tensor",
+    "sparse_dot": "(Tensor offsets, Tensor indices, Tensor rows, Tensor weight) -> Tensor",
+    "sparse_weight_gradient": "(Tensor offsets, Tensor indices, Tensor coefficients, Tensor rows, Tensor? shift,"
+    " SymInt n) -> (Tensor, Tensor)",
+    "steer": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor W_dec, Tensor? threshold, int k,"
+    " bool reconstruct, int[] features, int[] ops, Tensor values, Tensor? mask) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+if not available_backends()["cpu"]:
+    from saerec_fast.kernels import cpu
+
+    for _name in _SCHEMAS:
+        _library.impl(_name, getattr(cpu, _name), "CPU")
+
+_ops = torch.ops.saerec_fast
+
+
+def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
+    """Row offsets of exactly k entries a row, int64 ``(rows + 1,)``."""
+    return torch.arange(rows + 1, device=device) * k
+
+
+@torch.library.register_fake("saerec_fast::linear_topk", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Any, k: int, exclude_offsets: Any, exclude_ids: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
+@torch.library.register_fake("saerec_fast::encode_topk", lib=_library)
+def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int32)
+
+
+@torch.library.register_fake("saerec_fast::encode_threshold", lib=_library)
+def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    offsets = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+    return offsets, x.new_empty(entries, dtype=torch.int32), x.new_empty(entries)
+
+
+@torch.library.register_fake("saerec_fast::decode_sparse", lib=_library)
+def _(offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Any) -> Tensor:
+    return W_dec.new_empty((offsets.shape[0] - 1, W_dec.shape[1]))
+
+
+@torch.library.register_fake("saerec_fast::sparse_dot", lib=_library)
+def _(offsets: Tensor, indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(indices.shape[0])
+
+
+@torch.library.register_fake("saerec_fast::sparse_weight_gradient", lib=_library)
+def _(offsets: Tensor, indices: Tensor, coefficients: Tensor, rows: Tensor, shift: Any, n: int) -> Any:
+    return rows.new_empty((n, rows.shape[1])), rows.new_empty(n)
+
+
+@torch.library.register_fake("saerec_fast::steer", lib=_library)
+def _(x: Tensor, W_enc: Tensor, *args: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _encoder_gradients(
+    ctx: Any, offsets: Tensor, indices: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``<x − shift, weight> + bias`` at sparse entries, in the order x, weight, bias, shift."""
+    needs_x, needs_weight, needs_bias, needs_shift = ctx.needs_encoder_grad
+    grad_x = grad_weight = grad_bias = grad_shift = None
+    if needs_x or needs_shift:
+        grad_x = _ops.decode_sparse(offsets, indices, gradient, weight, None)
+    if needs_weight or needs_bias:
+        grad_weight, grad_bias = _ops.sparse_weight_gradient(
+            offsets, indices, gradient, x, shift, weight.shape[0]
+        )
+    if needs_shift:
+        assert grad_x is not None
+        grad_shift = -grad_x.sum(0)
+    return (
+        grad_x if needs_x else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        grad_shift,
+    )
+
+
+class _LinearTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, k: int, exclude_offsets: Any, exclude_ids: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            values, indices = _ops.linear_topk(x, weight, bias, k, exclude_offsets, exclude_ids)
+        ctx.needs_encoder_grad = (*ctx.needs_input_grad[:3], False)
+        ctx.save_for_backward(x, weight, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor, _: Any) -> Any:
+        x, weight, indices = ctx.saved_tensors
+        offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
+        grads = _encoder_gradients(ctx, offsets, indices.reshape(-1), grad_values.reshape(-1), x, weight, None)
+        return *grads[:3], None, None, None
+
+
+class _EncodeTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            values, indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+        ctx.needs_encoder_grad = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(x, W_enc, b_dec, indices, values)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor, _: Any) -> Any:
+        x, W_enc, b_dec, indices, values = ctx.saved_tensors
+        offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
+        gradient = torch.where(values > 0, grad_values, 0).reshape(-1)
+        return *_encoder_gradients(ctx, offsets, indices.reshape(-1), gradient, x, W_enc, b_dec), None
+
+
+class _EncodeThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            offsets, indices, values = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
+        ctx.needs_encoder_grad = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(x, W_enc, b_dec, offsets, indices)
+        ctx.mark_non_differentiable(offsets, indices)
+        return offsets, indices, values
+
+    @staticmethod
+    def backward(ctx: Any, _offsets: Any, _indices: Any, grad_values: Tensor) -> Any:
+        x, W_enc, b_dec, offsets, indices = ctx.saved_tensors
+        return *_encoder_gradients(ctx, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec), None
+
+
+class _DecodeSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _ops.decode_sparse(offsets, indices, values, W_dec, b_dec)
+        ctx.save_for_backward(offsets, indices, values, W_dec)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        offsets, indices, values, W_dec = ctx.saved_tensors
+        grad_values = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_values = _ops.sparse_dot(offsets, indices, grad, W_dec)
+        if ctx.needs_input_grad[3]:
+            grad_weight, _ = _ops.sparse_weight_gradient(offsets, indices, values, grad, None, W_dec.shape[0])
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum(0)
+        return None, None, grad_values, grad_weight, grad_bias
+
+
+def _steer_differentiable(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    k: int,
+    reconstruct: bool,
+    features: list[int],
+    ops: list[int],
+    values: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The fused op as a composition of differentiable ones: gradients need the intermediate values it never stores."""
+    slots = sorted(set(features))
+    slot_ids = torch.tensor(slots, dtype=torch.int64, device=x.device)
+    rows = x.shape[0]
+    sparse: tuple[Tensor, Tensor, Tensor] | None = None
+    if k > 0:
+        top_values, top_indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+        columns = [(top_values * (top_indices == slot)).sum(-1) for slot in slots]
+        sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
+    else:
+        assert threshold is not None
+        centred = x if b_dec is None else x - b_dec
+        pre = centred @ W_enc.index_select(0, slot_ids).T
+        if b_enc is not None:
+            pre = pre + b_enc.index_select(0, slot_ids)
+        slot_threshold = threshold if threshold.shape[0] == 1 else threshold.index_select(0, slot_ids)
+        columns = list(torch.where(pre <= slot_threshold.to(pre.dtype), 0, pre).unbind(-1))
+        if reconstruct:
+            sparse = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
+    edited = list(columns)
+    for i, (feature, op) in enumerate(zip(features, ops, strict=True)):
+        slot = slots.index(feature)
+        edited[slot] = _EDITS[op](edited[slot], values[..., i].to(x.dtype).expand(rows))
+    if reconstruct:
+        assert sparse is not None
+        base = _ops.decode_sparse(*sparse, W_dec, b_dec)
+    else:
+        base = x
+    steered = base
+    if slots:
+        changes = torch.stack([after - before for after, before in zip(edited, columns, strict=True)], -1)
+        steered = base + changes @ W_dec.index_select(0, slot_ids)
+        if not reconstruct:
+            steered = torch.where((changes != 0).any(-1, keepdim=True), steered, x)
+    return steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+
+
+# Codes of the edit ops, shared with csrc/include/saerec/steer.h.
+EDIT_CODES = {"set": 0, "add": 1, "scale": 2, "clamp_min": 3, "clamp_max": 4}
+_EDITS = (
+    lambda activation, value: value,
+    lambda activation, value: activation + value,
+    lambda activation, value: activation * value,
+    torch.maximum,
+    torch.minimum,
+)
+
+
+def _register_autograd(name: str, differentiable: Any) -> None:
+    op = getattr(_ops, name)
+
+    def implementation(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, implementation, "Autograd")
+
+
+_register_autograd("linear_topk", _LinearTopK.apply)
+_register_autograd("encode_topk", _EncodeTopK.apply)
+_register_autograd("encode_threshold", _EncodeThreshold.apply)
+_register_autograd("decode_sparse", _DecodeSparse.apply)
+_register_autograd("steer", _steer_differentiable)
