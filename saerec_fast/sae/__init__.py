@@ -2,5 +2,15 @@
 
 from saerec_fast.sae.activation_store import ActivationStore, ActivationStoreWriter, Batch
 from saerec_fast.sae.model import FoldedWeights, SparseAutoencoder
+from saerec_fast.sae.training import SAETrainingConfig, evaluate_sae, train_sae
 
-__all__ = ["ActivationStore", "ActivationStoreWriter", "Batch", "FoldedWeights", "SparseAutoencoder"]
+__all__ = [
+    "ActivationStore",
+    "ActivationStoreWriter",
+    "Batch",
+    "FoldedWeights",
+    "SAETrainingConfig",
+    "SparseAutoencoder",
+    "evaluate_sae",
+    "train_sae",
+]

@@ -504,31 +504,42 @@ def _encode_batch_topk(x: Tensor, weights: FoldedWeights, k: int) -> SparseFeatu
 def select_batch_topk(activations: Tensor, k: int) -> Tensor:
     """Which of the (non-negative) activations ``(m, n)`` are among the ``k · m`` largest and positive, bool ``(m, n)``.
 
-    Ties: smallest position (row by row) first.
+    Ties: smallest position (row by row) first. NaN counts as the largest value.
     """
-    count = min(k * activations.shape[0], activations.numel())
-    if count == 0:
-        return torch.zeros_like(activations, dtype=torch.bool)
-    smallest = kth_largest(activations, count)
-    if smallest <= 0:
-        return activations > 0
+    smallest, surplus = batch_topk_cut(activations, k)
+    if not smallest > 0 and smallest == smallest:
+        return ~(activations <= 0)
     # "Not <" rather than ">=": a NaN stays visible.
     selected = ~(activations < smallest)
-    surplus = int(selected.sum()) - count
-    if surplus:
-        ties = (activations == smallest).flatten().nonzero().squeeze(1)
-        selected.view(-1)[ties[ties.numel() - surplus :]] = False
+    selected.view(-1)[surplus_ties(activations, smallest, surplus)] = False
     return selected
 
 
-def kth_largest(values: Tensor, k: int) -> float:
-    """The k-th largest (from 1) of all values of a tensor."""
-    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        # numpy's partition is vectorised and in place, torch's selection is neither.
-        flat = values.flatten().numpy().copy()
-        flat.partition(flat.size - k)
-        return float(flat[flat.size - k])
-    return float(values.flatten().topk(k, sorted=False).values.min())
+def batch_topk_cut(activations: Tensor, k: int) -> tuple[float, int]:
+    """The ``k · m``-th largest of activations ``(m, n)``, and how many values equal to it are too many.
+
+    Returns ``(0.0, 0)`` for an empty batch.
+    """
+    count = min(k * activations.shape[0], activations.numel())
+    if count == 0:
+        return 0.0, 0
+    if activations.device.type == "cpu" and activations.dtype in (torch.float32, torch.float64):
+        # numpy's partition is vectorised: 3 ms for 2 million numbers where torch.topk takes 36.
+        flat = activations.flatten().numpy().copy()
+        first = flat.size - count
+        flat.partition(first)
+        return float(flat[first]), int(np.count_nonzero(flat[:first] == flat[first]))
+    top = activations.flatten().topk(count, sorted=False).values
+    smallest = top.min()
+    return float(smallest), int((activations == smallest).sum() - (top == smallest).sum())
+
+
+def surplus_ties(activations: Tensor, smallest: float, surplus: int) -> Tensor:
+    """Flat positions of the last ``surplus`` activations that equal ``smallest``."""
+    if surplus == 0:
+        return torch.empty(0, dtype=torch.int64, device=activations.device)
+    ties = (activations.flatten() == smallest).nonzero().squeeze(1)
+    return ties[ties.numel() - surplus :]
 
 
 def _check_activation(activation: Activation, n_features: int) -> None:

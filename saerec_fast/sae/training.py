@@ -1,0 +1,601 @@
+"""Training and evaluation of sparse autoencoders on stored hidden states."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerec_fast.api import decode_sparse, encode_topk
+from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
+from saerec_fast.sae.activation_store import ActivationStore, Batch
+from saerec_fast.sae.model import SparseAutoencoder, batch_topk_cut, surplus_ties
+from saerec_fast.types import Activation, BatchTopK, ReLU, TopK
+
+ActivationKind = Literal["relu", "topk", "batch_topk"]
+
+FIRED_THRESHOLDS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0)
+
+_LOG = "training.json"
+_CHECKPOINT = "checkpoint.safetensors"
+_CHECKPOINT_CONFIG = "checkpoint.json"
+_PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+_DECAY_SHARE = 0.2
+_THRESHOLD_MEMORY = 0.99
+# Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
+_CHUNK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class SAETrainingConfig:
+    """What decides the result of a training run.
+
+    Losses are in normalised units and sum over the width: a row that is all error costs about ``d_model``.
+
+    Attributes:
+        n_features: size of the dictionary.
+        activation: ``relu`` (with an L1 penalty), ``topk`` or ``batch_topk``.
+        k: active features per row; not used by ``relu``.
+        l1_coefficient: weight of ``mean ‖a‖₁``; ``relu`` only.
+        l1_warmup_steps: steps over which that weight grows linearly from 0; default a tenth of ``steps``.
+        learning_rate: of Adam; constant, then falling linearly to 0 over the last fifth of the steps.
+        steps: optimiser steps.
+        batch_size: rows a step; the whole store where that is smaller.
+        auxiliary_k: dead features that reconstruct the error of a row; default half of ``d_model``. 0 switches the
+            auxiliary loss off. Not used by ``relu``.
+        auxiliary_coefficient: weight of the auxiliary loss.
+        dead_after: rows without firing after which a feature counts as dead.
+        normalize: subtract the store's scalar mean and divide by its scalar standard deviation.
+        seed: of the initial dictionary and the order of the rows.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    n_features: int = 1024
+    activation: ActivationKind = "relu"
+    k: int = 32
+    l1_coefficient: float = 0.5
+    l1_warmup_steps: int | None = None
+    learning_rate: float = 1e-3
+    steps: int = 6000
+    batch_size: int = 2048
+    auxiliary_k: int | None = None
+    auxiliary_coefficient: float = 1 / 32
+    dead_after: int = 200_000
+    normalize: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.activation not in get_args(ActivationKind):
+            kinds = ", ".join(get_args(ActivationKind))
+            raise ValueError(f"activation: expected one of {kinds}, got {self.activation!r}")
+        for name, least in (
+            ("n_features", 1),
+            ("k", 1),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("dead_after", 1),
+            ("seed", 0),
+        ):
+            _check_integer(name, getattr(self, name), least)
+        for name in ("l1_warmup_steps", "auxiliary_k"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0)
+        for name in ("l1_coefficient", "auxiliary_coefficient", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if self.activation != "relu" and self.k > self.n_features:
+            raise ValueError(f"k: expected at most {self.n_features} (n_features), got {self.k}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step (from 0)."""
+        return self.learning_rate * min(1.0, (self.steps - step) / (_DECAY_SHARE * self.steps))
+
+    def l1_at(self, step: int) -> float:
+        """The weight of the L1 penalty at a step (from 0)."""
+        warmup = self.steps // 10 if self.l1_warmup_steps is None else self.l1_warmup_steps
+        return self.l1_coefficient * (min(1.0, step / warmup) if warmup else 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SAETrainingConfig:
+        """Inverse of :meth:`to_dict`; keys that are missing take their defaults.
+
+        Raises:
+            ValueError: an unknown key or a value out of range.
+        """
+        unknown = set(data) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"config: unknown keys {sorted(unknown)}")
+        return cls(**data)
+
+
+class _StepResult(NamedTuple):
+    """What one step saw, still on the device.
+
+    ``residual`` is ``ẑ − z`` ``(B, d)``; ``fired`` bool ``(n,)``; ``l0`` is the mean number of active features, or
+    ``None`` where it was not asked for; ``penalty`` is the part of the loss beside the squared error.
+    """
+
+    residual: Tensor
+    fired: Tensor
+    penalty: Tensor | float
+    l0: Tensor | float | None
+
+
+def train_sae(
+    store: ActivationStore,
+    config: SAETrainingConfig,
+    out_dir: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    progress: bool = True,
+    checkpoint_every: int = 1000,
+    log_every: int = 50,
+    device: torch.device | str = "cpu",
+    on_log: Callable[[dict[str, float]], None] | None = None,
+) -> SparseAutoencoder:
+    """Train an SAE on a store and save it as ``out_dir``.
+
+    Losses, with ``r = ẑ − z`` in normalised units and means over rows: ``relu``: ``mean ‖r‖² + l1 · warmup · mean
+    ‖a‖₁``. ``topk`` and ``batch_topk``: ``mean ‖r‖² + auxiliary_coefficient · mean ‖r + ê‖²``, where ``ê``
+    reconstructs the error ``−r`` from the ``auxiliary_k`` largest dead features of a row (Gao et al., arXiv 2406.04093,
+    section A.2).
+    Decoder rows have unit norm after every step. ``batch_topk`` (Bussmann et al., arXiv 2412.06410) selects the exact
+    ``k · B`` largest activations of a batch; its threshold at inference is the running mean of the smallest
+    one selected.
+
+    ``out_dir`` receives the SAE (see :meth:`SparseAutoencoder.save`), ``training.json`` (config, and a curve of loss,
+    reconstruction loss, L0, explained variance and dead share of the batch at every ``log_every``-th step), and while
+    it runs ``checkpoint.safetensors`` with ``checkpoint.json``. A run that was interrupted continues from its last
+    checkpoint and ends with the same bits as one that was not; a finished one is loaded.
+
+    Args:
+        store: hidden states, at least one row.
+        config: what to train.
+        out_dir: a folder, made where it is missing.
+        resume: continue or load what lies in ``out_dir``; otherwise start again and overwrite it.
+        progress: show a progress bar, if ``rich`` is installed.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between points of the curve.
+        device: where to train.
+        on_log: called with each point of the curve.
+
+    Returns:
+        The trained SAE in evaluation mode.
+
+    Raises:
+        ValueError: an empty store, ``out_dir`` holds a run of another config or store (and ``resume`` is set), or a
+            corrupt checkpoint.
+        FloatingPointError: the loss is no longer finite.
+    """
+    _check_integer("checkpoint_every", checkpoint_every, 1)
+    _check_integer("log_every", log_every, 1)
+    folder = Path(out_dir)
+    mean, std = store.mean_std()
+    identity = {
+        "config": config.to_dict(),
+        "store": {"n_rows": len(store), "d_model": store.d_model, "mean": mean, "std": std},
+    }
+    if resume and _is_finished(folder, identity):
+        return SparseAutoencoder.load(folder, device=device)
+
+    trainer = _Trainer(store, config, torch.device(device))
+    curve: list[dict[str, float]] = []
+    if resume and (folder / _CHECKPOINT).is_file():
+        _check_identity(folder / _CHECKPOINT_CONFIG, read_json(folder / _CHECKPOINT_CONFIG), identity)
+        trainer.restore(folder / _CHECKPOINT)
+        curve = [point for point in _read_curve(folder) if point["step"] <= trainer.step]
+    else:
+        # In this order: a checkpoint must never lie beside another run's description.
+        (folder / _CHECKPOINT).unlink(missing_ok=True)
+        (folder / _LOG).unlink(missing_ok=True)
+        write_json(folder / _CHECKPOINT_CONFIG, identity)
+
+    with _progress_bar(progress, config.steps) as show:
+        for hidden in trainer.rows():
+            logging = (trainer.step + 1) % log_every == 0 or trainer.step + 1 == config.steps
+            point = trainer.train_step(hidden, logging)
+            if point is not None:
+                curve.append(point)
+                show(trainer.step, point)
+                if on_log is not None:
+                    on_log(point)
+            if trainer.step % checkpoint_every == 0 and trainer.step < config.steps:
+                write_json(folder / _LOG, {**identity, "complete": False, "curve": curve})
+                trainer.save(folder / _CHECKPOINT)
+
+    sae = trainer.finish()
+    sae.save(folder)
+    write_json(folder / _LOG, {**identity, "complete": True, "curve": curve})
+    (folder / _CHECKPOINT).unlink(missing_ok=True)
+    (folder / _CHECKPOINT_CONFIG).unlink(missing_ok=True)
+    return sae
+
+
+@torch.no_grad()
+def evaluate_sae(sae: SparseAutoencoder, batches: Iterable[Batch | Tensor]) -> dict[str, Any]:
+    """Quality of reconstruction and sparsity, in one pass over batches of hidden states.
+
+    Args:
+        sae: evaluated as in inference, whatever its mode.
+        batches: tensors ``(..., d_model)``, or batches of a store.
+
+    Returns:
+        ``n_rows``; ``explained_variance``, ``1 − Σ_d Var(x − x̂) / Σ_d Var(x)``, each dimension centred by itself;
+        ``mae`` and ``rmse`` over all numbers, in the units of the hidden states; ``l0``, mean number of activations
+        > 0; ``dead_fraction``, share of features that never fired; ``thresholds`` (0, .1, .5, 1, 2, 3, in units of the
+        activations); ``l0_above``, for each threshold the mean number of activations above it; and ``fired_fraction``,
+        float64 array ``(len(thresholds), n_features)``, share of rows in which a feature is above it.
+
+    Raises:
+        ValueError: no rows.
+    """
+    was_training = sae.training
+    sae.eval()
+    n_rows = 0
+    shift: Tensor | None = None
+    sums = torch.zeros(4, sae.d_model, dtype=torch.float64)
+    absolute = 0.0
+    fired = torch.zeros(len(FIRED_THRESHOLDS), sae.n_features, dtype=torch.int64)
+    try:
+        for batch in batches:
+            x = batch if isinstance(batch, Tensor) else batch.hidden
+            x = x.reshape(-1, sae.d_model).to(sae.W_enc)
+            if x.shape[0] == 0:
+                continue
+            features = sae.encode(x)
+            error = x.double().sub_(sae.decode(features))
+            centred = x.double()
+            # Variances from sums of squares are safe once a typical row is taken off.
+            shift = centred.mean(0) if shift is None else shift
+            centred -= shift
+            sums += torch.stack([centred.sum(0), centred.square().sum(0), error.sum(0), error.square().sum(0)]).cpu()
+            absolute += float(error.abs().sum())
+            n_rows += x.shape[0]
+            for index, threshold in enumerate(FIRED_THRESHOLDS):
+                active = features.indices[features.values > threshold]
+                fired[index] += torch.bincount(active, minlength=sae.n_features).cpu()
+    finally:
+        sae.train(was_training)
+    if n_rows == 0:
+        raise ValueError("batches: expected at least one row")
+    x_sum, x_square, error_sum, error_square = sums
+    total = float((x_square - x_sum.square() / n_rows).sum())
+    residual = float((error_square - error_sum.square() / n_rows).sum())
+    above = (fired.sum(1).double() / n_rows).tolist()
+    return {
+        "n_rows": n_rows,
+        "explained_variance": 1 - residual / total if total > 0 else float("nan"),
+        "mae": absolute / (n_rows * sae.d_model),
+        "rmse": math.sqrt(float(error_square.sum()) / (n_rows * sae.d_model)),
+        "l0": above[0],
+        "dead_fraction": float((fired[0] == 0).double().mean()),
+        "thresholds": list(FIRED_THRESHOLDS),
+        "l0_above": above,
+        "fired_fraction": (fired.double() / n_rows).numpy(),
+    }
+
+
+class _Trainer:
+    """Parameters, optimiser and counters of a run; all that a checkpoint holds.
+
+    No random state is among it: the dictionary is drawn before the first step, and the order of the rows follows from
+    the seed and the step alone.
+    """
+
+    def __init__(self, store: ActivationStore, config: SAETrainingConfig, device: torch.device) -> None:
+        self.store = store
+        self.config = config
+        self.device = device
+        self.step = 0
+        self.batch_size = min(config.batch_size, len(store))
+        generator = torch.Generator().manual_seed(config.seed)
+        self.sae = SparseAutoencoder(
+            store.d_model, config.n_features, _activation(config, None), generator=generator, dtype=torch.float32
+        )
+        self.sae.init_from(store, normalize=config.normalize)
+        self.sae.to(device).train()
+        self.mean, self.std = float(self.sae.mean), float(self.sae.std)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.learning_rate, fused=True)
+        self.rows_since_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)
+        self.threshold = math.nan
+        auxiliary_k = max(store.d_model // 2, 1) if config.auxiliary_k is None else config.auxiliary_k
+        self.auxiliary_k = 0 if config.activation == "relu" else auxiliary_k
+        if config.activation == "topk":
+            self.backward: Callable[[Tensor, bool], _StepResult] = self._backward_topk
+        else:
+            self.backward = self._backward_dense
+            self._allocate_dense()
+
+    def rows(self) -> Iterator[Tensor]:
+        """The remaining steps' rows ``(B, d)``, each epoch in an order of its own."""
+        per_epoch = len(self.store) // self.batch_size
+        while self.step < self.config.steps:
+            epoch, start = divmod(self.step, per_epoch)
+            for batch in self.store.batches(self.batch_size, (self.config.seed, epoch), True, start=start):
+                yield batch.hidden
+                if self.step == self.config.steps:
+                    return
+
+    def train_step(self, hidden: Tensor, logging: bool) -> dict[str, float] | None:
+        """One optimiser step; returns a point of the curve if ``logging``. Overwrites ``hidden``."""
+        sae, config = self.sae, self.config
+        z = hidden.to(self.device)
+        if config.normalize:
+            z.sub_(self.mean).mul_(1 / self.std)
+        result = self.backward(z, logging)
+        dead = (self.rows_since_fired > config.dead_after).nonzero().squeeze(1)
+        auxiliary = 0.0 if dead.numel() == 0 or self.auxiliary_k == 0 else self._add_auxiliary(z, result.residual, dead)
+        self.rows_since_fired += z.shape[0]
+        self.rows_since_fired.masked_fill_(result.fired, 0)
+
+        sae.remove_parallel_gradient_()
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        self.optimizer.step()
+        sae.normalize_decoder_()
+        self.step += 1
+        if not logging:
+            return None
+        squared = float(result.residual.square().sum())
+        loss = squared / z.shape[0] + float(result.penalty) + float(auxiliary)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.step}: the loss is {loss}; a smaller learning rate may help")
+        variance = float((z - z.mean(0)).square_().sum())
+        return {
+            "step": self.step,
+            "loss": loss,
+            "reconstruction_loss": squared / z.shape[0],
+            "l0": float(result.l0 or 0),
+            "explained_variance": 1 - squared / variance if variance > 0 else 0.0,
+            "dead_fraction": float((self.rows_since_fired > config.dead_after).float().mean()),
+        }
+
+    def _backward_topk(self, z: Tensor, logging: bool) -> _StepResult:
+        sae = self.sae
+        self.optimizer.zero_grad(set_to_none=True)
+        features = encode_topk(z, sae.W_enc, sae.b_enc, sae.b_dec, k=self.config.k)
+        residual = decode_sparse(features, sae.W_dec, sae.b_dec) - z
+        (residual.square().sum() / z.shape[0]).backward()
+        active = features.values.detach() > 0
+        fired = torch.zeros_like(self.rows_since_fired, dtype=torch.bool)
+        fired[features.indices[active].long()] = True
+        l0 = active.sum() / z.shape[0] if logging else None
+        return _StepResult(residual.detach(), fired, 0.0, l0)
+
+    def _allocate_dense(self) -> None:
+        n, d = self.config.n_features, self.store.d_model
+        self.chunk = min(max(_CHUNK_ELEMENTS // n, 32), self.batch_size)
+        held = self.batch_size if self.config.activation == "batch_topk" else self.chunk
+
+        def buffer(*shape: int) -> Tensor:
+            return torch.empty(shape, device=self.device)
+
+        self.activations, self.gradients = buffer(held, n), buffer(self.chunk, n)
+        self.centred, self.residual, self.scaled = (buffer(self.batch_size, d) for _ in range(3))
+        self.feature_sums = buffer(n)
+        self.ones = torch.ones(self.batch_size, device=self.device)
+        for parameter in self.sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def _backward_dense(self, z: Tensor, logging: bool) -> _StepResult:
+        """Loss and gradients of ``relu`` and ``batch_topk`` in dense products over chunks of rows.
+
+        Early in training most features are active, so nothing is gained from sparsity; written out because autograd
+        makes about twice as many passes over the batch × dictionary activations, in fresh memory each.
+        """
+        sae, config, size = self.sae, self.config, z.shape[0]
+        W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in _PARAMETERS)
+        grads = [getattr(sae, name).grad for name in _PARAMETERS]
+        for gradient in grads:
+            gradient.zero_()
+        W_enc_grad, b_enc_grad, W_dec_grad, b_dec_grad = grads
+        self.feature_sums.zero_()
+        torch.sub(z, b_dec, out=self.centred)
+        chunks = [slice(first, min(first + self.chunk, size)) for first in range(0, size, self.chunk)]
+        whole_batch = config.activation == "batch_topk"
+        if whole_batch:
+            for rows in chunks:
+                torch.addmm(b_enc, self.centred[rows], W_enc.T, out=self.activations[rows]).relu_()
+            self._keep_batch_topk()
+        l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
+        l1_gradient = torch.full((1,), l1 / size, device=self.device)
+        n_active = torch.zeros((), dtype=torch.int64, device=self.device)
+        for rows in chunks:
+            length = rows.stop - rows.start
+            centred, residual, scaled = self.centred[rows], self.residual[rows], self.scaled[rows]
+            ones, gradients = self.ones[rows], self.gradients[:length]
+            if whole_batch:
+                activations = self.activations[rows]
+            else:
+                activations = self.activations[:length]
+                torch.addmm(b_enc, centred, W_enc.T, out=activations).relu_()
+            torch.addmm(centred, activations, W_dec, beta=-1, out=residual)
+            torch.mul(residual, 2 / size, out=scaled)
+            W_dec_grad.addmm_(activations.T, scaled)
+            b_dec_grad.addmv_(scaled.T, ones)
+            torch.addmm(l1_gradient, scaled, W_dec.T, out=gradients)
+            torch.ops.aten.threshold_backward.grad_input(gradients, activations, 0, grad_input=gradients)
+            W_enc_grad.addmm_(gradients.T, centred)
+            b_enc_grad.addmv_(gradients.T, ones)
+            self.feature_sums.addmv_(activations.T, ones)
+            if logging:
+                n_active += activations.count_nonzero()
+        # b_dec is also subtracted before encoding: Σ_rows (∂/∂pre) W_enc, and the sum over rows is b_enc's gradient.
+        b_dec_grad.addmv_(W_enc.T, b_enc_grad, alpha=-1)
+        penalty = self.feature_sums.sum() * (l1 / size)
+        return _StepResult(self.residual, self.feature_sums > 0, penalty, n_active / size if logging else None)
+
+    def _keep_batch_topk(self) -> None:
+        """Set all but the ``k · B`` largest activations to 0 and update the running threshold."""
+        activations = self.activations
+        smallest, surplus = batch_topk_cut(activations, self.config.k)
+        if smallest > 0:
+            if surplus:
+                activations.view(-1)[surplus_ties(activations, smallest, surplus)] = 0
+            # "Greater than the number just below" is "at least", which torch has as one pass in place.
+            below = float(np.nextafter(np.float32(smallest), np.float32(0)))
+            torch.threshold_(activations, below, 0.0)
+        else:
+            positive = activations[activations > 0]
+            if positive.numel() == 0:
+                return
+            smallest = float(positive.min())
+        if math.isnan(self.threshold):
+            self.threshold = smallest
+        else:
+            self.threshold = _THRESHOLD_MEMORY * self.threshold + (1 - _THRESHOLD_MEMORY) * smallest
+
+    def _add_auxiliary(self, z: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """Add the auxiliary loss' gradients of the dead features; returns the loss, weighted.
+
+        The error of the reconstruction is a constant here, and so is ``b_dec``: only dead features learn from it.
+        """
+        sae = self.sae
+        W_enc, b_enc, W_dec = (
+            parameter.detach()[dead].requires_grad_() for parameter in (sae.W_enc, sae.b_enc, sae.W_dec)
+        )
+        k = min(self.auxiliary_k, dead.numel())
+        features = encode_topk(z, W_enc, b_enc, sae.b_dec.detach(), k=k)
+        error = decode_sparse(features, W_dec, None) + residual
+        loss = error.square().sum() * (self.config.auxiliary_coefficient / z.shape[0])
+        gradients = torch.autograd.grad(loss, (W_enc, b_enc, W_dec))
+        for parameter, gradient in zip((sae.W_enc, sae.b_enc, sae.W_dec), gradients, strict=True):
+            assert parameter.grad is not None  # the backward pass ran before
+            parameter.grad.index_add_(0, dead, gradient)
+        return loss.detach()
+
+    def finish(self) -> SparseAutoencoder:
+        """The trained SAE with its activation for inference."""
+        threshold = None if math.isnan(self.threshold) else self.threshold
+        self.sae.activation = _activation(self.config, threshold)
+        for parameter in self.sae.parameters():
+            parameter.grad = None
+        return self.sae.eval()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, atomically."""
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name in _PARAMETERS:
+            for key, value in self.optimizer.state[getattr(self.sae, name)].items():
+                tensors[f"adam.{name}.{key}"] = value
+        tensors["rows_since_fired"] = self.rows_since_fired
+        tensors["step"] = torch.tensor(self.step)
+        tensors["threshold"] = torch.tensor(self.threshold, dtype=torch.float64)
+        write_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def restore(self, path: Path) -> None:
+        """Read what :meth:`save` wrote for the same config.
+
+        Raises:
+            ValueError: truncated, corrupt, or tensors of another run.
+        """
+        tensors = read_tensors(path)
+        expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
+        for name in _PARAMETERS:
+            shape = getattr(self.sae, name).shape
+            expected |= {f"adam.{name}.exp_avg": shape, f"adam.{name}.exp_avg_sq": shape}
+            expected[f"adam.{name}.step"] = torch.Size()
+        expected |= {
+            "rows_since_fired": self.rows_since_fired.shape,
+            "step": torch.Size(),
+            "threshold": torch.Size(),
+        }
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != expected:
+            differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise ValueError(f"{path}: missing, unknown or of another shape: {', '.join(differing)}")
+        self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
+        for name in _PARAMETERS:
+            # Copies: a file's tensors may lie at any address, and results may depend on alignment.
+            self.optimizer.state[getattr(self.sae, name)] = {
+                key: tensors[f"adam.{name}.{key}"].to(self.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.rows_since_fired.copy_(tensors["rows_since_fired"])
+        self.step = int(tensors["step"])
+        self.threshold = float(tensors["threshold"])
+
+
+def _activation(config: SAETrainingConfig, threshold: float | None) -> Activation:
+    if config.activation == "relu":
+        return ReLU()
+    return TopK(config.k) if config.activation == "topk" else BatchTopK(config.k, threshold)
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    if not (folder / _LOG).is_file():
+        return False
+    log = read_json(folder / _LOG)
+    if not isinstance(log, dict) or log.get("complete") is not True:
+        return False
+    _check_identity(folder / _LOG, log, identity)
+    return True
+
+
+def _check_identity(path: Path, found: Any, identity: dict[str, Any]) -> None:
+    differing = []
+    for part, expected in identity.items():
+        got = found.get(part) if isinstance(found, dict) else None
+        got = got if isinstance(got, dict) else {}
+        differing += [name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)]
+    if differing:
+        raise ValueError(
+            f"{path}: a run of another configuration or store (it differs in {', '.join(sorted(differing))}); "
+            "choose another folder, or start again with resume=False"
+        )
+
+
+def _read_curve(folder: Path) -> list[dict[str, float]]:
+    if not (folder / _LOG).is_file():
+        return []
+    log = read_json(folder / _LOG)
+    return log["curve"] if isinstance(log, dict) and isinstance(log.get("curve"), list) else []
+
+
+@contextmanager
+def _progress_bar(enabled: bool, steps: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ModuleNotFoundError:
+        enabled = False
+    if not enabled:
+        yield lambda step, point: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, refresh_per_second=4) as bar:
+        task = bar.add_task("SAE", total=steps, shown="")
+
+        def show(step: int, point: dict[str, float]) -> None:
+            shown = (
+                f"loss {point['loss']:.3f}  L0 {point['l0']:.1f}  "
+                f"explained {point['explained_variance']:.3f}  dead {point['dead_fraction']:.1%}"
+            )
+            bar.update(task, completed=step, shown=shown)
+
+        yield show
