@@ -31,7 +31,10 @@ _SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 # Stands for "the page's text colour" until the SVG is written, which matplotlib has no word for.
 _INK = "#010203"
-_DIVERGING = LinearSegmentedColormap.from_list("blue-orange", ["#08519c", "#6baed6", "#f4f4f4", "#fd8d3c", "#a63603"])
+# Fewer than 50 levels keep the colour bar a drawing rather than an embedded picture.
+_DIVERGING = LinearSegmentedColormap.from_list(
+    "blue-orange", ["#08519c", "#6baed6", "#f4f4f4", "#fd8d3c", "#a63603"], N=41
+)
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -121,7 +124,11 @@ def heat_map(
         figure = _figure(190 + 38 * len(features), 110 + 27 * len(rows))
         axes = figure.add_subplot()
         limit = max(float(np.abs(values).max()), 0.01)
-        image = axes.imshow(values, cmap=_DIVERGING, vmin=-limit, vmax=limit, aspect="auto")
+        places = np.arange(len(features)), np.arange(len(rows))
+        image = axes.pcolormesh(
+            *places, values, cmap=_DIVERGING, vmin=-limit, vmax=limit, edgecolor="face", linewidth=0.3
+        )
+        axes.invert_yaxis()
         axes.set_yticks(range(len(rows)), [one.attribute for one in rows])
         axes.set_xticks(range(len(features)), [str(feature) for feature in features], rotation=90)
         axes.set_xlabel(f"{what} (the one with the highest correlation for each attribute)")

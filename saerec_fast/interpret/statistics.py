@@ -668,6 +668,11 @@ class FeatureStatisticsResult:
             raise ValueError(f"no attribute {attribute!r}; there are {', '.join(self.attribute_names)}")
         return self.attribute_names.index(attribute)
 
+    @property
+    def has_activations(self) -> bool:
+        """Whether :meth:`activations` can be asked for; not after loading from disk."""
+        return self._entries is not None
+
     def activations(self, feature: int, attribute: int | str) -> tuple[FloatArray, FloatArray]:
         """A feature's activations on the kept rows, zeros included: with the attribute, and without it.
 
