@@ -29,7 +29,7 @@ _CHECKPOINT = "checkpoint.safetensors"
 _CHECKPOINT_CONFIG = "checkpoint.json"
 _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _DECAY_SHARE = 0.2
-_THRESHOLD_MEMORY = 0.99
+_THRESHOLD_MEMORY = 0.95
 # Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -410,8 +410,8 @@ class _Trainer:
         whole_batch = config.activation == "batch_topk"
         if whole_batch:
             for rows in chunks:
-                torch.addmm(b_enc, self.centred[rows], W_enc.T, out=self.activations[rows]).relu_()
-            self._keep_batch_topk()
+                torch.addmm(b_enc, self.centred[rows], W_enc.T, out=self.activations[rows])
+            self._activate_batch_topk()
         l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
         l1_gradient = torch.full((1,), l1 / size, device=self.device)
         n_active = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -440,8 +440,11 @@ class _Trainer:
         penalty = self.feature_sums.sum() * (l1 / size)
         return _StepResult(self.residual, self.feature_sums > 0, penalty, n_active / size if logging else None)
 
-    def _keep_batch_topk(self) -> None:
-        """Set all but the ``k · B`` largest activations to 0 and update the running threshold."""
+    def _activate_batch_topk(self) -> None:
+        """Turn pre-activations into activations, in place: the positive ones of the ``k · B`` largest stay.
+
+        Updates the running threshold.
+        """
         activations = self.activations
         smallest, surplus = batch_topk_cut(activations, self.config.k)
         if smallest > 0:
@@ -451,7 +454,7 @@ class _Trainer:
             below = float(np.nextafter(np.float32(smallest), np.float32(0)))
             torch.threshold_(activations, below, 0.0)
         else:
-            positive = activations[activations > 0]
+            positive = activations.relu_()[activations > 0]
             if positive.numel() == 0:
                 return
             smallest = float(positive.min())
