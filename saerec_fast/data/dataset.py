@@ -249,7 +249,7 @@ class Dataset:
                 f" this release reads {FORMAT_VERSION}"
             )
         try:
-            with np.load(folder / ARRAYS_FILE, allow_pickle=False) as stored:
+            with (folder / ARRAYS_FILE).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 arrays = {key: stored[key] for key in stored.files}
             if str(arrays["fingerprint"]) != description["fingerprint"]:
                 raise ValueError("it belongs to another save than dataset.json; save the dataset again")

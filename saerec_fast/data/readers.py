@@ -400,10 +400,10 @@ def _checked(frame: pl.DataFrame, place: Callable[[int], str]) -> pl.DataFrame:
 
 
 def _numeric_times(column: pl.Series) -> pl.Series:
-    """Whole or fractional numbers, null where a value cannot be read; dates become microseconds."""
+    """Whole or fractional numbers, null where a value cannot be read; dates become seconds with a fraction."""
     kind = column.dtype
     if kind == pl.Date or kind == pl.Datetime:
-        return column.cast(pl.Datetime("us")).dt.epoch("us")
+        return column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
     if kind.is_integer():
         return column.cast(pl.Int64, strict=False)
     if kind.is_float():
@@ -422,7 +422,7 @@ def _numeric_times(column: pl.Series) -> pl.Series:
         dates = text.str.to_datetime(strict=False, time_unit="us")
     except pl.exceptions.ComputeError:
         return whole
-    return dates.dt.epoch("us")
+    return dates.dt.epoch("us") / 1e6
 
 
 def _seconds(column: pl.Series) -> np.ndarray:

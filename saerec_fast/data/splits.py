@@ -87,12 +87,13 @@ class Split:
                 f"{description_path}: version {description.get('version')}, this release reads {FORMAT_VERSION}"
             )
         parts = {name: Dataset.load(folder / name) for name in PARTS}
-        changed = [name for name in PARTS if parts[name].fingerprint() != description["fingerprints"][name]]
+        expected = description.get("fingerprints", {})
+        changed = [name for name in PARTS if parts[name].fingerprint() != expected.get(name)]
         if changed:
             raise ValueError(f"{folder}: {', '.join(changed)} belongs to another split; split again")
         table = parts["train"].item_table
         shared = {name: replace(part, item_table=table) for name, part in parts.items()}
-        return cls(**shared, notes=[str(note) for note in description["notes"]])
+        return cls(**shared, notes=[str(note) for note in description.get("notes", [])])
 
 
 def split_users(
