@@ -93,7 +93,9 @@ class ItemKNNRecommender:
             newest = np.asarray(history[-self.history_length :])[::-1].astype(np.int64)
             weights = self.decay ** np.arange(len(newest))
             votes = (weights[:, None] * self.similarities[newest]).reshape(-1)
-            score = np.bincount(self.neighbours[newest].reshape(-1), weights=votes, minlength=len(self.popularity))
+            score: np.ndarray = np.bincount(
+                self.neighbours[newest].reshape(-1), weights=votes, minlength=len(self.popularity)
+            )
             # Far below any similarity: decides only among items without votes.
             score = score + 1e-9 * self.popularity
             if self.exclude_seen:

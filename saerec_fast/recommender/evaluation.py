@@ -232,7 +232,8 @@ def pad_histories(histories: Sequence[np.ndarray], max_length: int) -> Tensor:
 class TransformerScorer:
     """Lists from a :class:`~saerec_fast.recommender.model.SequenceRecommender`.
 
-    Scores and top-k are fused, so that no (B, n_items) matrix is written. The model is simply called, so that hooks on it (steering) act as in any other forward pass.
+    Scores and top-k are fused, so that no (B, n_items) matrix is written. The model is simply called, so that hooks on
+    it (steering) act as in any other forward pass.
 
     Args:
         model: in eval mode; it is not switched.

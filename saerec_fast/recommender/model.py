@@ -87,6 +87,8 @@ class SequenceRecommender(nn.Module):
                 embd_pdrop=config.dropout,
                 resid_pdrop=config.dropout,
                 attn_pdrop=config.attention_dropout,
+                # The same function as GPT-2's "gelu_new", in one pass instead of eight.
+                activation_function="gelu_pytorch_tanh",
                 initializer_range=config.initializer_range,
                 use_cache=False,
                 bos_token_id=None,
@@ -147,14 +149,18 @@ class SequenceRecommender(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SequenceRecommender:
-        """Read a folder written by :meth:`save`; the model comes back in eval mode on the CPU.
+        """Read a folder written by :meth:`save`; the model comes back in eval mode on the CPU. The global random
+        state is left as it was.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
             ValueError: a file is corrupt or the two do not fit each other; the message names the file.
         """
         folder = Path(path)
-        model = cls(config_from_json(read_json(folder / "config.json"), folder / "config.json"))
+        config = config_from_json(read_json(folder / "config.json"), folder / "config.json")
+        # Drawing weights only to replace them must not move the caller's random state.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config)
         load_state(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
         return model.eval()
 
