@@ -1,0 +1,83 @@
+# Each target sets up whatever it needs; a second call reuses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SANITIZE_VENV := .venv-sanitize
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+BUILD_FILES := CMakeLists.txt pyproject.toml $(CPP_FILES)
+
+# pip older than 25.3 takes the versions in its isolated build environments from the first, newer ones from the second.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help setup test demo lint format sanitize symbols wheel clean
+
+help:
+	@echo 'make test       set up .venv, build the extension, run the tests (ARGS="-k topk" to choose)'
+	@echo 'make demo       set up .venv, run the study on MovieLens 100K into runs/demo (ARGS="--data DIR" for other data)'
+	@echo 'make setup      only set up .venv'
+	@echo 'make lint       ruff, mypy, clang-format; changes nothing'
+	@echo 'make format     let ruff and clang-format rewrite the sources'
+	@echo 'make sanitize   kernel tests against an AddressSanitizer and UBSan build'
+	@echo 'make symbols    check that the object files of each tier define no weak symbol'
+	@echo 'make wheel      build a wheel into dist/'
+	@echo 'make clean      remove what the other targets made, except runs/'
+	@echo 'PYTHON=python3.12 chooses the interpreter a new .venv is made with.'
+
+setup: $(VENV)/.installed
+
+# bin/pip is the last thing venv writes, so its presence means that the environment is whole.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# Python sources are not listed: the installation is editable.
+$(VENV)/.installed: constraints.txt $(BUILD_FILES) | $(BIN)/pip
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: setup
+	$(BIN)/saerec demo --out runs/demo $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+# Borrows everything but saerec_fast from .venv. Only site directories have their .pth files read, so the editable
+# saerec_fast of .venv stays out.
+$(SANITIZE_VENV)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(SANITIZE_VENV)
+	CXX='$(CXX)' $(SANITIZE_VENV)/bin/python -m pip install -q --no-deps -e . \
+	  --config-settings=cmake.define.SAEREC_SANITIZE=ON --config-settings=build-dir=build/sanitize
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(SANITIZE_VENV)/shared.pth
+	mv $(SANITIZE_VENV)/shared.pth "$$($(SANITIZE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# The runtime has to be loaded before Python is, and finds the C++ exceptions it wraps only if libstdc++ is loaded too.
+# Leaks are not looked for: Python and torch keep memory until the process ends.
+sanitize: $(SANITIZE_VENV)/.installed
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(SANITIZE_VENV)/bin/python -m pytest tests/kernels $(ARGS)
+
+symbols: setup
+	tools/check_symbols.sh build/cp*/CMakeFiles/saerec_cpu_*.dir
+
+wheel: setup
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) $(SANITIZE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find saerec_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
