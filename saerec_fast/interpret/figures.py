@@ -180,7 +180,7 @@ def comparison_bars(
     base = 0.0 if statistic == "correlation" else 0.5
     label = "Pearson correlation" if statistic == "correlation" else "ROC AUC"
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(460, 90 + (14 * len(labels) + 8) * len(names))
+        figure = _figure(410, 90 + (14 * len(labels) + 8) * len(names))
         axes = figure.add_subplot()
         thickness = 0.8 / len(labels)
         for number, one_label in enumerate(labels):
@@ -259,7 +259,7 @@ def activation_distribution(
             axes.stairs(density, bins, color=colour, alpha=0.18, fill=True)
         axes.set_xlabel("Activation" + (" (rows where it fires)" if silent else ""))
         axes.set_ylabel("Share of rows")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.legend(loc="upper right", handlelength=1.6)
@@ -280,6 +280,10 @@ _LABELS = {
     ("scale", "all"): "scale, all positions",
     ("scale", "last"): "scale, last position",
 }
+
+
+def _share(point: Mapping[str, Any]) -> float:
+    return float(point["share"])
 
 
 def control_curves(
@@ -321,17 +325,17 @@ def control_curves(
             colour = _SERIES[number % len(_SERIES)]
             marker = _MARKERS[number % len(_MARKERS)]
             axes.plot(shares, quality, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=label)
-            strongest = ordered[-1]
-            axes.annotate(
-                f"{strongest['value']:.3g}",
-                (strongest["share"], strongest["ndcg@10"]),
-                textcoords="offset points",
-                xytext=(5, 4),
-                fontsize=8,
-            )
             texts.append(
                 f"{label}: share {shares[0]:.1%} to {shares[-1]:.1%}, NDCG@10 {quality[0]:.3f} to {quality[-1]:.3f}"
             )
+        furthest = max((max(curve, key=lambda point: point["value"]) for curve in curves.values()), key=_share)
+        axes.annotate(
+            f"{furthest['value']:.3g}",
+            (furthest["share"], furthest["ndcg@10"]),
+            textcoords="offset points",
+            xytext=(5, 4),
+            fontsize=8.5,
+        )
         if baseline is not None:
             axes.plot(
                 [baseline["share"]],
@@ -392,6 +396,7 @@ def training_curve(
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.grid()
         panels[-1].set_xlabel(x_label)
+        figure.align_ylabels(panels)
         figure.suptitle(title, fontsize=10.5, fontweight="bold")
         ends = ", ".join(f"{label} ends at {series[-1]:.4g}" for label, series in values.items() if len(series))
         return _svg(figure, name, title, ends + ".")

@@ -222,13 +222,13 @@ class TrainingCurve:
 LARGER_SETS = (
     LargerSet(
         "MovieLens 1M",
-        "saerec data download ml-1m\nsaerec demo --data ml-1m",
+        "saerec data download ml-1m\nsaerec demo --data <the folder it names>",
         "6,040 users, 1 million ratings.",
     ),
     LargerSet(
         "MovieLens 20M",
-        "saerec data download ml-20m\nsaerec demo --data ml-20m",
-        "138,493 users, 20 million ratings; the data set of the paper.",
+        "saerec data download ml-20m\nsaerec demo --data <the folder it names>",
+        "138,493 users, 20 million ratings; one of the paper's two data sets.",
     ),
     LargerSet(
         "Your own",
@@ -305,7 +305,9 @@ def feature_cards(
             summary = result.summary(resamples=0)
         ordered = sorted(summary.attributes, key=lambda one: -one.correlation.value)
         best = [result.top_features(one.attribute, per_attribute) for one in ordered]
-        features = list(dict.fromkeys(feature for row in best for feature in row))
+        # The best feature of every attribute comes before any second one.
+        ranked = [row[place] for place in range(per_attribute) for row in best if place < len(row)]
+        features = list(dict.fromkeys(ranked))
     strength = result.strength()
     cards = []
     for feature in features:
@@ -465,6 +467,12 @@ def _judge_interpretability(part: Interpretability, shows: list[str], limits: li
             shows.append(f"Single SAE features follow attributes more closely than raw dimensions do: {comparison}.")
         else:
             limits.append(f"Whether SAE features follow attributes more closely than raw dimensions: {comparison}.")
+        sae_auc, raw_auc = part.sae.mean_max_roc_auc, part.raw.mean_max_roc_auc if part.raw else Estimate(math.nan)
+        if sae_auc.value <= raw_auc.value:
+            limits.append(
+                f"By ROC AUC single SAE features do not lead: {_estimate(sae_auc)} against {_estimate(raw_auc)}. A "
+                "sparse feature is silent on most rows, and AUC counts silent rows with the attribute as half wrong."
+            )
     if part.sae_elsewhere is not None:
         chosen = part.sae_elsewhere.mean_max_correlation
         if math.isfinite(chosen.value) and math.isfinite(sae.value):
@@ -526,7 +534,7 @@ def _headlines(context: ReportContext) -> list[tuple[str, str, str]]:
     tiles = []
     rows = [row for row in context.recommenders if "ndcg@10" in row.metrics]
     if rows:
-        against = ", ".join(f"{row.name.lower()} {_number(row.metrics['ndcg@10'].value)}" for row in rows[1:])
+        against = ", ".join(f"{row.name} {_number(row.metrics['ndcg@10'].value)}" for row in rows[1:])
         tiles.append(("Recommender NDCG@10", _number(rows[0].metrics["ndcg@10"].value), against))
     if context.interpretability is not None:
         sae, raw = context.interpretability.sae, context.interpretability.raw

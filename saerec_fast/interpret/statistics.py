@@ -186,6 +186,28 @@ def _numpy(values: Tensor | ArrayLike) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
+class _AttributeLists:
+    """Attribute ids of every item, ragged: an item has few of all attributes, so work goes with those it has."""
+
+    starts: IntArray  # (n_items,)
+    counts: IntArray  # (n_items,)
+    ids: IntArray  # (sum of counts,)
+
+    def expand(self, items: NDArray[Any]) -> tuple[IntArray, IntArray]:
+        """One element per (position in ``items``, attribute of that item): the position and the attribute."""
+        counts = self.counts[items]
+        positions = np.repeat(np.arange(len(items)), counts)
+        within = np.arange(len(positions)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return positions, self.ids[self.starts[items[positions]] + within]
+
+
+def _attribute_lists(table: BoolArray) -> _AttributeLists:
+    item_ids, ids = np.nonzero(table)
+    counts = np.bincount(item_ids, minlength=len(table)).astype(np.int64)
+    return _AttributeLists(np.cumsum(counts) - counts, counts, ids)
+
+
+@dataclass(frozen=True)
 class _Entries:
     """The non-zero activations of the kept rows, sorted by feature, then value."""
 
@@ -259,10 +281,7 @@ class FeatureStatistics:
         self._budget_exceeded = fitting < _MINIMUM_GROUPS <= max_groups
         self._group_of: dict[int, int] = {}
 
-        # Attribute ids of every item in one ragged list: an item has few of them, so work goes with those it has.
-        item_ids, self._attribute_ids = np.nonzero(table)
-        self._attribute_counts = np.bincount(item_ids, minlength=len(table)).astype(np.int64)
-        self._attribute_starts = np.concatenate([[0], np.cumsum(self._attribute_counts)])
+        self._lists = _attribute_lists(table)
 
         self._rows = np.zeros(self._n_groups, dtype=np.int64)
         self._positives = np.zeros((self._n_groups, n_attributes), dtype=np.int64)
@@ -403,7 +422,7 @@ class FeatureStatistics:
 
         n_attributes = len(self.attribute_names)
         np.add.at(self._rows, groups, 1)
-        row_of, attribute_of = self._expand(items)
+        row_of, attribute_of = self._lists.expand(items)
         np.add.at(self._positives.reshape(-1), groups[row_of] * n_attributes + attribute_of, 1)
 
         cells = groups[rows] * self.n_features + indices
@@ -416,20 +435,13 @@ class FeatureStatistics:
         np.maximum.at(self._maximum, indices, exact)
         np.minimum.at(self._minimum, indices, exact)
 
-        entry_of, attribute_of = self._expand(items[rows])
+        entry_of, attribute_of = self._lists.expand(items[rows])
         np.add.at(self._sum_attribute.reshape(-1), cells[entry_of] * n_attributes + attribute_of, exact[entry_of])
         selected = fired[entry_of]
         pairs = indices[entry_of[selected]] * n_attributes + attribute_of[selected]
         np.add.at(self._fired_attribute.reshape(-1), pairs, 1)
 
         self._keep(rows, indices, values, items, groups, priorities)
-
-    def _expand(self, items: IntArray) -> tuple[IntArray, IntArray]:
-        """One element per (position in ``items``, attribute of that item): the position and the attribute."""
-        counts = self._attribute_counts[items]
-        positions = np.repeat(np.arange(len(items)), counts)
-        within = np.arange(len(positions)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return positions, self._attribute_ids[self._attribute_starts[items[positions]] + within]
 
     def _keep(
         self,
@@ -505,7 +517,7 @@ class FeatureStatistics:
             sampled=len(entries.row_items) < n_rows,
             attribute_counts=positives,
             correlation=correlation,
-            roc_auc=_roc_auc(entries, self._attributes),
+            roc_auc=_roc_auc(entries, self._lists, len(self.attribute_names)),
             mean_given_attribute=_divide(sums_attribute, positives),
             recall=_divide(self._fired_attribute, positives),
             precision=_divide(self._fired_attribute, fired[:, None]),
@@ -537,7 +549,7 @@ class FeatureStatistics:
         # One integer that sorts as (feature, value): the bits of a float sort as integers once negatives are flipped.
         bits = values.view(np.int32).astype(np.int64)
         ordered = np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF)) + (1 << 31)
-        order = np.argsort((indices.astype(np.int64) << 32) | ordered, kind="stable")
+        order = np.argsort((indices.astype(np.int64) << 32) | ordered)
         starts = np.concatenate([[0], np.cumsum(np.bincount(indices, minlength=self.n_features))])
         return _Entries(starts.astype(np.int64), rows[order], values[order], items, groups)
 
@@ -955,37 +967,46 @@ def _correlation(
     return np.clip(correlation, -1, 1, out=correlation)
 
 
-def _roc_auc(entries: _Entries, attributes: BoolArray) -> FloatArray:
-    """``(n, A)`` from rank sums: zeros are one tie, between the negative and the positive activations."""
-    n_rows, n_attributes = len(entries.row_items), attributes.shape[1]
+def _roc_auc(entries: _Entries, lists: _AttributeLists, n_attributes: int) -> FloatArray:
+    """``(n, A)`` from rank sums (Mann-Whitney): zeros are one tie, between negative and positive activations."""
+    n_rows = len(entries.row_items)
     n_features = len(entries.starts) - 1
-    n_entries = len(entries.values)
     counts = np.diff(entries.starts)
-    feature_of = np.repeat(np.arange(n_features), counts)
-
-    # Middle of the ranks of each run of equal values within a feature, counted from 1.
-    new_run = np.ones(n_entries, dtype=np.bool_)
-    new_run[1:] = (entries.values[1:] != entries.values[:-1]) | (feature_of[1:] != feature_of[:-1])
-    run_starts = np.flatnonzero(new_run)
-    run_lengths = np.diff(np.append(run_starts, n_entries))
-    ranks = np.repeat(run_starts + (run_lengths + 1) / 2, run_lengths) - entries.starts[feature_of]
     zeros = n_rows - counts
-    ranks += np.where(entries.values > 0, zeros[feature_of], 0)
-    negatives = np.bincount(feature_of[entries.values < 0], minlength=n_features)
-    zero_rank = negatives + (zeros + 1) / 2
+    zero_rank = np.empty(n_features)
+    rank_sums = np.zeros((n_features, n_attributes))
+    present = np.zeros((n_features, n_attributes), dtype=np.int64)
 
-    item_of = entries.row_items[entries.rows]
-    result = np.full((n_features, n_attributes), np.nan)
-    for attribute in range(n_attributes):
-        total = int(attributes[entries.row_items, attribute].sum())
-        if not 0 < total < n_rows:
-            continue
-        present = attributes[item_of, attribute]
-        features = feature_of[present]
-        rank_sums = np.bincount(features, weights=ranks[present], minlength=n_features).astype(np.float64)
-        rank_sums += zero_rank * (total - np.bincount(features, minlength=n_features))
-        result[:, attribute] = (rank_sums - total * (total + 1) / 2) / (total * (n_rows - total))
-    return result
+    first = 0
+    while first < n_features:
+        # Whole features at a time, as many as fit the working memory, at least one.
+        last = max(
+            first + 1,
+            int(np.searchsorted(entries.starts, entries.starts[first] + _CHUNK_ENTRIES, side="right")) - 1,
+        )
+        start, stop = entries.starts[first], entries.starts[last]
+        values = entries.values[start:stop]
+        feature_of = np.repeat(np.arange(first, last), counts[first:last])
+
+        # Middle of the ranks of each run of equal values within a feature, counted from 1.
+        new_run = np.ones(len(values), dtype=np.bool_)
+        new_run[1:] = (values[1:] != values[:-1]) | (feature_of[1:] != feature_of[:-1])
+        run_starts = np.flatnonzero(new_run)
+        run_lengths = np.diff(np.append(run_starts, len(values)))
+        ranks = np.repeat(run_starts + (run_lengths + 1) / 2, run_lengths) - (entries.starts[feature_of] - start)
+        ranks += np.where(values > 0, zeros[feature_of], 0)
+        negatives = np.bincount(feature_of[values < 0] - first, minlength=last - first)
+        zero_rank[first:last] = negatives + (zeros[first:last] + 1) / 2
+
+        entry_of, attribute_of = lists.expand(entries.row_items[entries.rows[start:stop]])
+        cells = feature_of[entry_of] * n_attributes + attribute_of
+        np.add.at(rank_sums.reshape(-1), cells, ranks[entry_of])
+        np.add.at(present.reshape(-1), cells, 1)
+        first = last
+
+    totals = np.bincount(lists.expand(entries.row_items)[1], minlength=n_attributes)
+    rank_sums += zero_rank[:, None] * (totals - present)
+    return _divide(rank_sums - totals * (totals + 1) / 2, totals * (n_rows - totals))
 
 
 def _quantiles(entries: _Entries) -> FloatArray:
