@@ -62,11 +62,14 @@ class ModelMetrics:
         name: such as "Transformer", "Popularity", "Item-kNN".
         metrics: metric (``"ndcg@10"``, ``"hit_rate@10"``, …) → value with its interval over users.
         note: shown beside the name.
+        lead: for a baseline, NDCG@10 of the recommender minus the baseline's, user by user, with its interval. It
+            decides the comparison where it is given; two intervals that overlap do not.
     """
 
     name: str
     metrics: Mapping[str, Estimate]
     note: str = ""
+    lead: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -405,7 +408,18 @@ def _judge_recommender(context: ReportContext, shows: list[str], limits: list[st
     ours = model.metrics["ndcg@10"]
     for baseline in baselines:
         theirs = baseline.metrics["ndcg@10"]
-        if ours.low is None or theirs.low is None:
+        lead = baseline.lead
+        if lead is not None and lead.low is not None and lead.high is not None and lead.low <= 0 <= lead.high:
+            limits.append(
+                f"Whether {model.name} (NDCG@10 {_estimate(ours)}) ranks better than {baseline.name} "
+                f"({_estimate(theirs)}): the difference on the same users is {_estimate(lead)}."
+            )
+        elif lead is not None and lead.low is not None and lead.low > 0:
+            shows.append(
+                f"{model.name} ranks held-out items better than {baseline.name}: NDCG@10 {_estimate(ours)} against "
+                f"{_estimate(theirs)}, on the same users a difference of {_estimate(lead)}."
+            )
+        elif ours.low is None or theirs.low is None:
             limits.append(f"{model.name} and {baseline.name} are compared without intervals.")
         elif ours.overlaps(theirs):
             limits.append(

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -245,6 +247,23 @@ def test_findings_follow_the_numbers(context):
     assert "War (set, all)" in joined_limits
     assert "One seed only." in joined_limits
     render_report(weak)
+
+
+@pytest.mark.parametrize(("lead", "shown"), [(Estimate(0.04, 0.01, 0.07), 0), (Estimate(0.04, -0.01, 0.07), 1)])
+def test_a_paired_difference_decides_where_intervals_overlap(context, lead, shown):
+    model, _, neighbours = context.recommenders
+    rows = [model, ModelMetrics(neighbours.name, neighbours.metrics, lead=lead)]
+    texts = findings(ReportContext(title="Paired", recommenders=rows))[shown]
+    assert "on the same users" in texts[0]
+    assert "Item-kNN" in texts[0]
+
+
+@pytest.mark.parametrize(("module", "extra"), [("figures", "matplotlib"), ("report", "jinja2")])
+def test_a_missing_extra_is_named(module, extra):
+    code = f"import sys; sys.modules[{extra!r}] = None; import saerec_fast.interpret.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith("pip install saerec-fast[study]")
 
 
 def test_cards_name_the_attribute_a_feature_was_made_for(context):

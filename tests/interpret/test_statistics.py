@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
+from saerec_fast.interpret import statistics as statistics_module
 from saerec_fast.interpret.statistics import Estimate, FeatureStatistics, FeatureStatisticsResult, ratio
 from saerec_fast.types import SparseFeatures
 
@@ -75,6 +76,17 @@ def test_against_scipy_and_sklearn(negative):
         assert (result.maximum[feature], result.minimum[feature]) == (score.max(), score.min())
         np.testing.assert_allclose(result.quantiles[feature], np.quantile(score[score != 0], [0.5, 0.9, 0.99]))
     np.testing.assert_array_equal(result.attribute_counts, labels.sum(0))
+
+
+def test_working_in_chunks_changes_nothing(monkeypatch):
+    dense, attributes, items, users = made_up(negative=True)
+    whole = compute(dense, attributes, items, users)
+    monkeypatch.setattr(statistics_module, "_CHUNK_ENTRIES", 500)
+    monkeypatch.setattr(statistics_module, "_MAX_BOOTSTRAP_ELEMENTS", 5000)
+    chunked = compute(dense, attributes, items, users)
+    assert_same(whole, chunked)
+    low, expected = chunked.summary().mean_max_correlation.low, whole.summary().mean_max_correlation.low
+    assert low == pytest.approx(expected, abs=1e-12)
 
 
 def test_threshold_moves_what_has_fired():
