@@ -46,8 +46,9 @@ class ItemKNNRecommender:
 
     ``similarity(i, j) = c_ij / (√(c_i c_j) + shrinkage)`` with ``c`` the number of training users. An item's score is
     the sum of its similarities to the history's newest ``history_length`` items, each of which counts it among its
-    ``n_neighbours`` nearest, weighted by ``decay ** age`` (age 0 = newest): older items say less about
-    the next one. Items no neighbour reaches follow in order of popularity.
+    ``n_neighbours`` nearest, weighted by ``decay ** age`` (age 0 = newest): older items say less about the next one.
+    Items no neighbour reaches follow in order of popularity. The defaults were chosen on validation users of MovieLens
+    100K and change little on MovieLens 1M.
 
     Args:
         train: training users.
@@ -66,9 +67,9 @@ class ItemKNNRecommender:
         train: Dataset,
         *,
         n_neighbours: int = 100,
-        history_length: int = 20,
-        decay: float = 0.8,
-        shrinkage: float = 10.0,
+        history_length: int = 10,
+        decay: float = 0.5,
+        shrinkage: float = 3.0,
         exclude_seen: bool = True,
     ) -> None:
         if n_neighbours < 1 or history_length < 1:

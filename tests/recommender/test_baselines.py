@@ -42,7 +42,7 @@ def test_neighbours_equal_a_dense_computation(
     np.testing.assert_allclose(table, dense_similarity(sequences, n_items, shrinkage))
 
     history = np.array([3, 7, 5])
-    scores = sum(0.8**age * table[item] for age, item in enumerate([5, 7, 3]))
+    scores = sum(0.5**age * table[item] for age, item in enumerate([5, 7, 3]))
     assert isinstance(scores, np.ndarray)
     scores = scores + 1e-9 * recommend.popularity
     scores[history] = -np.inf
