@@ -1,0 +1,65 @@
+"""Sparse autoencoders for sequential recommenders: fused kernels, interpretation and steering.
+
+The names below are the public API. ``saerec_fast.reference`` holds the pure PyTorch twin of every op;
+``python -m saerec_fast.info`` says which kernels run here and why.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from saerec_fast import reference
+from saerec_fast.api import (
+    decode_sparse,
+    encode_features,
+    encode_threshold,
+    encode_topk,
+    linear_topk,
+    reconstruct,
+    steer,
+)
+from saerec_fast.sae import ActivationStore, SAETrainingConfig, SparseAutoencoder, evaluate_sae, train_sae
+from saerec_fast.steering import SteeringHandle, attach
+from saerec_fast.types import (
+    BatchTopK,
+    Edit,
+    JumpReLU,
+    Ragged,
+    ReLU,
+    SparseFeatures,
+    SteeringPlan,
+    TopK,
+    TopKResult,
+)
+
+try:
+    __version__ = _version("saerec-fast")
+except _PackageNotFoundError:
+    __version__ = "unknown"
+
+__all__ = [
+    "ActivationStore",
+    "BatchTopK",
+    "Edit",
+    "JumpReLU",
+    "Ragged",
+    "ReLU",
+    "SAETrainingConfig",
+    "SparseAutoencoder",
+    "SparseFeatures",
+    "SteeringPlan",
+    "TopK",
+    "TopKResult",
+    "SteeringHandle",
+    "__version__",
+    "attach",
+    "decode_sparse",
+    "encode_features",
+    "encode_threshold",
+    "encode_topk",
+    "evaluate_sae",
+    "linear_topk",
+    "reconstruct",
+    "reference",
+    "steer",
+    "train_sae",
+]

@@ -46,7 +46,7 @@ __all__ = [
 
 def _run(name: str, *args: Any) -> Any:
     """A kernel: directly under inference_mode, through the dispatcher where autograd or a compiler must see it."""
-    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return getattr(_kernels, name)(*args)
     return getattr(torch.ops.saerec_fast, name)(*args)
 
@@ -241,7 +241,7 @@ def steer(
     elif strengths.dim() == 1:
         values = strengths
     else:
-        values = strengths.expand(*batch_shape, len(plan.edits)).reshape(-1, len(plan.edits))
+        values = strengths.expand(*batch_shape, len(plan.edits)).reshape(batch_shape.numel(), len(plan.edits))
     out = _run(
         "steer",
         _flat(x),
