@@ -102,8 +102,12 @@ def _threads() -> dict[str, Any]:
         from saerec_fast import _C
     except ImportError:
         return threads
-    # A forked child cannot use the OpenMP threads of its parent.
-    threads["kernels"] = "one, since this process was forked" if _C.is_serial() else "as many as torch"
+    if not _C.openmp:
+        threads["kernels"] = "1: built without OpenMP"
+    elif _C.is_serial():
+        threads["kernels"] = "1: this process was forked, and OpenMP's threads do not survive that"
+    else:
+        threads["kernels"] = "as many as torch"
     return threads
 
 
