@@ -1,10 +1,10 @@
 """The public ops: check the arguments, choose a backend, run.
 
-Notation: hidden states ``x (..., d)``, ``W_enc (n, d)``, ``b_enc (n)``, ``W_dec (n, d)``, ``b_dec (d)``; float32, bfloat16 or
-float16, all of one dtype (float64 runs on the reference). A bias of ``None`` is zero. Inputs may have any strides
-and any alignment. Every op is differentiable in its floating point arguments but thresholds. ``backend="auto"`` takes the
-fastest backend that can run and falls back to the reference (see :func:`saerec_fast.info.info`); a named one
-raises ``ValueError`` where it cannot run.
+Notation: hidden states ``x (..., d)``, ``W_enc (n, d)``, ``b_enc (n)``, ``W_dec (n, d)``, ``b_dec (d)``; float32,
+bfloat16 or float16, all of one dtype (float64 runs on the reference). A bias of ``None`` is zero. Inputs may have any
+strides and any alignment. Every op is differentiable in its floating point arguments but thresholds.
+``backend="auto"`` takes the fastest backend that can run and falls back to the reference (see
+:func:`saerec_fast.info.info`); a named one raises ``ValueError`` where it cannot run.
 
 Raised by all: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape, device or range.
 """
@@ -149,7 +149,7 @@ def encode_features(
     if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
     n = W_enc.shape[0]
-    if features.numel() and not (0 <= int(features.min()) and int(features.max()) < n):
+    if features.numel() and (int(features.min()) < 0 or int(features.max()) >= n):
         raise ValueError(f"features: ids go from 0 to {n - 1}, got {int(features.min())} to {int(features.max())}")
     resolve(backend, x)
     # m columns of a matmul: a dense product is the least work, whatever the backend.
@@ -185,9 +185,7 @@ def reconstruct(
     backend: Backend = "auto",
 ) -> Tensor:
     """Encode and decode: ``act(W_enc (x − b_dec) + b_enc) W_dec + b_dec``, ``(..., d)``."""
-    return steer(
-        x, W_enc, b_enc, b_dec, W_dec, activation, SteeringPlan(mode="reconstruct"), backend=backend
-    )
+    return steer(x, W_enc, b_enc, b_dec, W_dec, activation, SteeringPlan(mode="reconstruct"), backend=backend)
 
 
 def steer(
@@ -232,9 +230,7 @@ def steer(
         assert bound is not None
         threshold = validation.check_threshold(bound, W_enc.shape[0], x)
     if resolve(backend, x) == "reference":
-        return reference.steer(
-            x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid
-        )
+        return reference.steer(x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid)
     mask = reference.steered_positions(plan, batch_shape, valid, x.device)
     if strengths is None:
         values = torch.tensor(plan.values, dtype=torch.float32, device=x.device)

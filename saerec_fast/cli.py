@@ -98,7 +98,8 @@ def train(
         RecommenderSettings(d_model=d_model, n_layers=layers, max_length=max_length, epochs=epochs, seed=seed)
     )
     table = Table("recommender", "NDCG@10", "95 % interval", "HitRate@10", "Coverage@10")
-    for name, measured in result.items():
+    for name in ("transformer", "item_knn", "popularity"):
+        measured = result[name]
         low, high = measured["intervals"]["ndcg@10"]
         table.add_row(
             name,
@@ -161,8 +162,8 @@ def interpret(
     """Which feature means what: the best feature of every attribute, with its top titles."""
     study = _run(run, quiet)
     study.interpret()
-    summaries = study.summaries()
-    examples = study.examples("sae")
+    summaries = study.interpretation.summaries()
+    examples = study.saved_examples("sae")
     table = Table("attribute", "share", "feature", "correlation", "ROC AUC", "raw dimension", "top titles")
     raw = {one.attribute: one for one in summaries["raw"].attributes}
     for one in sorted(summaries["sae"].attributes, key=lambda one: -one.correlation.value):
@@ -201,8 +202,7 @@ def steer(
         parsed = tuple(float(part) for part in multiples.split(","))
     except ValueError:
         raise ValueError(f"multiples: expected numbers separated by commas, got {multiples!r}") from None
-    points = study.control(ControlSettings(attributes=tuple(attribute or ()), multiples=parsed))
-    _print_control(points)
+    _print_control(study.control(ControlSettings(attributes=tuple(attribute or ()), multiples=parsed)))
 
 
 @app.command()
@@ -212,24 +212,26 @@ def recommend(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=+2 adds, NAME=-1 subtracts, NAME=0 sets, NAME=x0.5 scales; NAME is an attribute, or #ID a feature. "
-            "1 is the feature's mean activation when it fires."
+            help="NAME=+2 adds, NAME=-1 subtracts, NAME=0 sets, NAME=x0.5 scales; NAME is an attribute, or #ID a "
+            "feature. 1 is the feature's mean activation when it fires."
         ),
     ] = None,
-    mode: Annotated[str, typer.Option(help="delta keeps the SAE's error in the hidden state, reconstruct drops it.")] = (
-        "delta"
-    ),
+    mode: Annotated[
+        str, typer.Option(help="delta keeps the SAE's error in the hidden state, reconstruct drops it.")
+    ] = ("delta"),
     positions: Annotated[str, typer.Option(help="all or last.")] = "all",
     k: Annotated[int, typer.Option("-k", help="Length of the lists.")] = 10,
 ) -> None:
     """Recommendations before and after steering, side by side."""
+    from saerec_fast.request import parse_history
+
     study = _run(run, quiet=True)
     plan = study.plan(steer or [], mode, positions)
-    items = study.items(history)
-    before, after = study.before_and_after(plan, items, k)
+    titles = study.split.test.item_table.titles
+    before, after = study.before_and_after(plan, parse_history(history, titles), k)
     table = Table("", "before", "after")
     for rank, (old, new) in enumerate(zip(before, after, strict=True), 1):
-        table.add_row(str(rank), study.title(old), study.title(new), style=None if old == new else "bold")
+        table.add_row(str(rank), titles[old], titles[new], style=None if old == new else "bold")
     for edit in plan.edits:
         console.print(f"feature #{edit.feature}: {edit.op} {edit.value:+.3g}")
     console.print(table)
@@ -265,16 +267,18 @@ def _resolve_data(data: str, quiet: bool) -> str:
     return str(Path(data).resolve())
 
 
-def _print_control(points: list[dict[str, Any]]) -> None:
+def _print_control(result: dict[str, Any]) -> None:
     table = Table("attribute", "feature", "edit", "mode", "positions", "value", "share in top 10", "NDCG@10")
-    for point in points:
+    for attribute, untouched in result["baseline"].items():
+        table.add_row(attribute, "", "none", "", "", "", f"{untouched['share']:.3f}", f"{untouched['ndcg@10']:.3f}")
+    for point in result["points"]:
         table.add_row(
             point["attribute"],
             f"#{point['feature']}",
             point["op"],
             point["mode"],
             point["positions"],
-            "–" if point["value"] is None else f"{point['value']:.3g}",
+            f"{point['value']:.3g}",
             f"{point['share']:.3f}",
             f"{point['ndcg@10']:.3f}",
         )
@@ -301,8 +305,12 @@ def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
         add(f"mean-max ROC AUC, {label}", one["mean_max_roc_auc"], one["mean_max_roc_auc_interval"])
     console.print(table)
     console.print(f"report: {out / 'report.html'}")
-    console.print(f"try: saerec recommend --run {out} --history \"{metrics['try']['history']}\" "
-                  f"--steer \"{metrics['try']['steer']}\"", soft_wrap=True, markup=False)
+    console.print(
+        f'try: saerec recommend --run {out} --history "{metrics["try"]["history"]}" '
+        f'--steer "{metrics["try"]["steer"]}"',
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

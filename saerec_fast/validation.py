@@ -78,9 +78,11 @@ def check_exclude(exclude: Ragged | Sequence[Sequence[int] | Tensor] | None, row
     offsets, ids = (part.to(device=x.device, dtype=torch.int64).contiguous() for part in exclude)
     if offsets.shape != (rows + 1,):
         raise ValueError(f"exclude: expected one list of ids per row ({rows} rows), got {offsets.numel() - 1}")
-    if not torch.compiler.is_compiling():
-        if int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel() or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"exclude: offsets must rise from 0 to {ids.numel()}, the number of ids")
+    # Values cannot be looked at while a graph is traced.
+    if not torch.compiler.is_compiling() and (
+        int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel() or bool((offsets.diff() < 0).any())
+    ):
+        raise ValueError(f"exclude: offsets must rise from 0 to {ids.numel()}, the number of ids")
     return Ragged(offsets, ids)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -177,6 +178,30 @@ class Dataset:
             self.items[positions],
             None if self.timestamps is None else self.timestamps[positions],
             self.item_table,
+        )
+
+    @classmethod
+    def concatenate(cls, name: str, parts: Sequence[Dataset]) -> Dataset:
+        """The users of several data sets over one item table, in this order.
+
+        Timestamps are kept where all parts have them.
+
+        Raises:
+            ValueError: no parts, or parts with different item tables.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one data set")
+        table = parts[0].item_table
+        if any(not np.array_equal(part.item_table.ids, table.ids) for part in parts):
+            raise ValueError("parts: expected data sets over one item table")
+        times = [part.timestamps for part in parts if part.timestamps is not None]
+        return cls(
+            name=name,
+            user_ids=np.concatenate([part.user_ids for part in parts]),
+            offsets=np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
+            items=np.concatenate([part.items for part in parts]),
+            timestamps=np.concatenate(times) if len(times) == len(parts) else None,
+            item_table=table,
         )
 
     def fingerprint(self) -> str:

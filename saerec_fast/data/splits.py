@@ -49,6 +49,11 @@ class Split:
         return {name: getattr(self, name) for name in PARTS}
 
     @property
+    def non_test(self) -> Dataset:
+        """All users but the test users."""
+        return Dataset.concatenate("all but the test users", [self.train, self.validation, self.train_sae])
+
+    @property
     def n_items(self) -> int:
         return self.train.n_items
 

@@ -25,7 +25,9 @@ class JumpReLU:
     def __post_init__(self) -> None:
         if isinstance(self.threshold, Tensor):
             if self.threshold.dim() > 1:
-                raise ValueError(f"threshold: expected a scalar or (n_features,), got shape {tuple(self.threshold.shape)}")
+                raise ValueError(
+                    f"threshold: expected a scalar or (n_features,), got shape {tuple(self.threshold.shape)}"
+                )
         elif not self.threshold >= 0:
             raise ValueError(f"threshold: expected a number >= 0, got {self.threshold}")
 
@@ -76,7 +78,9 @@ def inference_threshold(activation: Activation) -> float | Tensor | None:
         case TopK():
             return None
         case BatchTopK(threshold=None):
-            raise ValueError("activation: BatchTopK needs a threshold at inference; train the SAE, or give BatchTopK(k, threshold=...)")
+            raise ValueError(
+                "activation: BatchTopK needs a threshold at inference; train the SAE or give BatchTopK(k, threshold)"
+            )
         case BatchTopK(threshold=threshold):
             return threshold
     raise TypeError(f"activation: expected ReLU, JumpReLU, TopK or BatchTopK, got {type(activation).__name__}")

@@ -1,0 +1,237 @@
+"""The demonstration: every step of the study with settings for its size, metrics.json and report.html."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from saerec_fast.files import read_json, write_json
+from saerec_fast.interpret import Estimate, ratio
+from saerec_fast.interpret.report import (
+    LARGER_SETS,
+    Control,
+    DataDescription,
+    Interpretability,
+    ModelMetrics,
+    RecommendationExample,
+    Recommended,
+    ReportContext,
+    SaeQuality,
+    TrainingCurve,
+    feature_cards,
+    write_report,
+)
+from saerec_fast.pipeline import ActivationSettings, ControlSettings, DataSettings, RecommenderSettings, Run
+from saerec_fast.sae import SAETrainingConfig
+
+# Below this many interactions the users set aside for the SAE alone are too few to train it on.
+SMALL = 300_000
+
+_LABELS = {"transformer": "Transformer", "item_knn": "Item-kNN", "popularity": "Popularity"}
+
+
+def run_demo(data: str, run: Run, *, seed: int = 0) -> dict[str, Any]:
+    """Run or resume all steps, write ``metrics.json`` and ``report.html`` into the run's folder.
+
+    Args:
+        data: folder or file that :func:`saerec_fast.data.read_dataset` reads.
+        run: the run to fill.
+        seed: of the split, the recommender and the SAE.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    started = time.perf_counter()
+    described = run.prepare_data(DataSettings(data, seed=seed))
+    small = described["dataset"]["n_interactions"] < SMALL
+    recommenders = run.train_recommender(RecommenderSettings(seed=seed))
+    run.collect_activations(ActivationSettings(users="non_test" if small else "train_sae"))
+    quality = run.train_sae(sae_settings(small, seed))
+    interpretation = run.interpret()
+    control = run.control(ControlSettings())
+    examples = _examples(run)
+    metrics = {
+        "data": {"name": described["name"], **{k: described["dataset"][k] for k in ("n_users", "n_items")}},
+        "recommender": recommenders["transformer"],
+        "item_knn": recommenders["item_knn"],
+        "popularity": recommenders["popularity"],
+        "leads": recommenders["leads"],
+        "sae": {key: quality[key] for key in ("explained_variance", "l0", "dead_fraction", "mae", "rmse")},
+        "reconstruction": quality["reconstruction"],
+        "interpretability": {
+            **interpretation["summaries"],
+            "ratio": interpretation["ratio"],
+        },
+        "control": control["points"],
+        "control_baseline": control["baseline"],
+        "seconds": time.perf_counter() - started,
+        "steps": [asdict(one) for one in run.times],
+        "try": _try(run, examples),
+    }
+    write_json(run.folder / "metrics.json", metrics)
+    write_report(run.folder / "report.html", _context(run, metrics, small, examples))
+    return metrics
+
+
+def sae_settings(small: bool, seed: int) -> SAETrainingConfig:
+    """Settings of the SAE for a small data set (MovieLens 100K) or a larger one (MovieLens 1M and above)."""
+    if small:
+        return SAETrainingConfig(
+            n_features=1024, activation="relu", l1_coefficient=1.0, steps=2500, batch_size=1024, seed=seed
+        )
+    return SAETrainingConfig(
+        n_features=1024, activation="relu", l1_coefficient=0.5, steps=6000, batch_size=2048, seed=seed
+    )
+
+
+def _examples(run: Run) -> list[RecommendationExample]:
+    """Two test users per steered attribute with the least of it in their list: where an edit shows best."""
+    table = run.split.test.item_table
+    examples = []
+    for attribute in run.steerable_attributes(3):
+        column = table.attribute_names.index(attribute)
+        plan = run.plan([f"{attribute}=+2"], "delta", "all")
+        user = _plain_user(run, column)
+        history = run.split.test.sequence(user)[:-1]
+        before, after = run.before_and_after(plan, history)
+
+        def listed(items: Sequence[int], column: int = column) -> list[Recommended]:
+            return [
+                Recommended(
+                    table.titles[item],
+                    bool(table.attributes[item, column]),
+                    [name for name, has in zip(table.attribute_names, table.attributes[item], strict=True) if has],
+                )
+                for item in items
+                if item >= 0
+            ]
+
+        examples.append(
+            RecommendationExample(
+                f"{attribute}: feature {plan.edits[0].feature}, +2 times its mean activation",
+                [table.titles[item] for item in history[-8:]],
+                listed(before),
+                listed(after),
+            )
+        )
+    return examples
+
+
+def _plain_user(run: Run, column: int) -> int:
+    """The test user whose history holds the attribute as often as the average user's does."""
+    test = run.split.test
+    shares = np.array([test.item_table.attributes[test.sequence(u)[:-1], column].mean() for u in range(test.n_users)])
+    return int(np.argmin(np.abs(shares - shares.mean())))
+
+
+def _try(run: Run, examples: Sequence[RecommendationExample]) -> dict[str, str]:
+    attribute = run.steerable_attributes(1)[0]
+    return {"history": "; ".join(examples[0].history[-3:]), "steer": f"{attribute}=+2"}
+
+
+def _context(run: Run, metrics: Mapping[str, Any], small: bool, examples: Sequence[RecommendationExample]) -> Any:
+    described = run.result("data")
+    facts = described["dataset"]
+    found = run.interpretation
+    summaries = found.summaries()
+    table = run.split.test.item_table
+    names = list(found.statistics["sae"].attribute_names)
+    columns = [table.attribute_names.index(name) for name in names]
+    sae = run.sae
+    curve = read_json(run.folder / "sae" / "training" / "training.json")
+    epochs = read_json(run.folder / "recommender" / "model" / "training.json")
+    return ReportContext(
+        title=f"What a recommender has learned from {described['name']}",
+        subtitle="A transformer that recommends the next item, taken apart into features, and steered by them",
+        data=DataDescription(
+            described["name"],
+            {
+                "Users": facts["n_users"],
+                "Items": facts["n_items"],
+                "Interactions": facts["n_interactions"],
+                "Items kept": described["n_items"],
+            },
+            {name: part["users"] for name, part in described["parts"].items()},
+            {
+                one["name"]: one["interaction_share"]
+                for one in sorted(facts["attributes"], key=lambda one: -one["interaction_share"])
+            },
+            described["notes"],
+        ),
+        recommenders=[
+            _row(_LABELS[name], metrics["recommender" if name == "transformer" else name], _lead(metrics, name))
+            for name in ("transformer", "item_knn", "popularity")
+        ],
+        sae=SaeQuality(
+            metrics["sae"]["explained_variance"],
+            metrics["sae"]["l0"],
+            metrics["sae"]["dead_fraction"],
+            sae.n_features,
+            sae.d_model,
+            type(sae.activation).__name__,
+            run.site,
+            {"MAE": metrics["sae"]["mae"], "RMSE": metrics["sae"]["rmse"]},
+            [_row("Original hidden state", metrics["recommender"]), _row("Reconstruction", metrics["reconstruction"])],
+        ),
+        interpretability=Interpretability(
+            summaries["sae"],
+            summaries["raw"],
+            ratio(summaries["sae"], summaries["raw"]),
+            summaries["sae_elsewhere"],
+            summaries["raw_elsewhere"],
+            found.statistics["sae"],
+            measured_on=f"all positions of the {described['parts']['test']['users']} test users",
+        ),
+        control=Control(
+            [{**point, "mode": f"{point['op']} ({point['mode']})"} for point in metrics["control"]],
+            metrics["control_baseline"],
+            [
+                "set, all or last: the paper's edit, which replaces the hidden state by its edited reconstruction. "
+                "add: the same amount added to the hidden state as it is, so that the SAE's error stays in it."
+            ],
+        ),
+        recommendations=examples,
+        cards=feature_cards(
+            found.statistics["sae"],
+            found.examples["sae"],
+            summary=summaries["sae"],
+            titles=table.titles,
+            item_attributes=table.attributes[:, columns],
+        ),
+        larger_sets=LARGER_SETS if small else (),
+        training=[
+            TrainingCurve(
+                "Recommender: validation NDCG@10", {"NDCG@10": [one["validation_ndcg"] for one in epochs["epochs"]]}
+            ),
+            TrainingCurve(
+                "SAE: explained variance",
+                {"explained variance": [one["explained_variance"] for one in curve["curve"]]},
+                "Step",
+                [one["step"] for one in curve["curve"]],
+            ),
+        ],
+        settings=run.settings(),
+        times={one.step: one.seconds for one in run.times if not one.reused},
+    )
+
+
+def _lead(metrics: Mapping[str, Any], name: str) -> Estimate | None:
+    lead = metrics["leads"].get(name)
+    return None if lead is None else Estimate(*lead)
+
+
+def _row(name: str, measured: Mapping[str, Any], lead: Estimate | None = None) -> ModelMetrics:
+    intervals = measured["intervals"]
+    return ModelMetrics(
+        name,
+        {
+            metric: Estimate(value, *intervals.get(metric, (None, None)))
+            for metric, value in measured.items()
+            if metric != "intervals"
+        },
+        lead=lead,
+    )
