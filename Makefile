@@ -33,10 +33,12 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-# Python sources are not listed: the installation is editable.
+# Python sources are not listed: the installation is editable. The stamp carries the time at which the installation
+# began, so that a file changed meanwhile counts as newer.
 $(VENV)/.installed: constraints.txt $(BUILD_FILES) | $(BIN)/pip
+	@touch $(VENV)/.started
 	$(BIN)/python -m pip install -q -e '.[dev]'
-	@touch $@
+	@mv $(VENV)/.started $@
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
