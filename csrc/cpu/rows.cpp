@@ -1,8 +1,9 @@
 // Kernels over gathered rows of a weight matrix: weighted sums (decode), dot products and grouped sums (gradients).
 // Compiled once per tier.
 //
-// Accumulator: float32. Sums run over the entries in the order given, one chain per output column, so they do not
-// depend on how rows or features are split over threads. Column blocks of 8 vectors (then 1) keep the sums in registers
+// Accumulator: float32. Sums run over the entries in the order given, one chain per output column and kChainEntries
+// entries, so they do not depend on how rows or features are split over threads, and their error grows with the number of
+// chains rather than of entries. Column blocks of 8 vectors (then 1) keep the sums in registers
 // while the entries pass; a block of 8 is 128 columns on AVX-512, so d = 64 ... 128 needs a single pass.
 #include "kernels.h"
 #include "simd.h"
@@ -13,6 +14,7 @@ namespace SAEREC_TIER {
 namespace {
 
 constexpr int kBlockVectors = 8;
+constexpr int64_t kChainEntries = 32;
 
 template <int N>
 struct Vectors {
@@ -55,12 +57,20 @@ void decode_row(Element element, const DecodeTask& task, int64_t row) {
     constexpr int kVectors = decltype(vectors)::value;
     Vec sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = zero();
-    for (int64_t e = begin; e < end; ++e) {
-      const int64_t feature = index_at(task.indices, e);
-      if (feature < 0) continue;
-      const Vec value = set1(value_at(task.values, e));
-      const Storage* w = weight + feature * task.weight.row_stride + j;
-      for (int v = 0; v < kVectors; ++v) sums[v] = fmadd(value, load_some(element, w + v * kLanes, partial), sums[v]);
+    for (int64_t chain = begin; chain < end; chain += kChainEntries) {
+      const int64_t chain_end = chain + kChainEntries < end ? chain + kChainEntries : end;
+      Vec chains[kVectors];
+      for (int v = 0; v < kVectors; ++v) chains[v] = zero();
+      for (int64_t e = chain; e < chain_end; ++e) {
+        const int64_t feature = index_at(task.indices, e);
+        if (feature < 0) continue;
+        const Vec value = set1(value_at(task.values, e));
+        const Storage* w = weight + feature * task.weight.row_stride + j;
+        for (int v = 0; v < kVectors; ++v) {
+          chains[v] = fmadd(value, load_some(element, w + v * kLanes, partial), chains[v]);
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) sums[v] = add(sums[v], chains[v]);
     }
     for (int v = 0; v < kVectors; ++v) {
       const int64_t column = j + v * kLanes;
@@ -82,11 +92,17 @@ void decode_row_strided(Element element, const DecodeTask& task, int64_t row) {
   auto* out = static_cast<Storage*>(task.out.data) + row * task.out.row_stride;
   for (int64_t j = 0; j < task.out.cols; ++j) {
     float sum = 0.0f;
-    for (int64_t e = task.offsets[row]; e < task.offsets[row + 1]; ++e) {
-      const int64_t feature = index_at(task.indices, e);
-      if (feature < 0) continue;
-      sum += value_at(task.values, e) *
-             widen(element, weight[feature * task.weight.row_stride + j * task.weight.col_stride]);
+    const int64_t end = task.offsets[row + 1];
+    for (int64_t chain = task.offsets[row]; chain < end; chain += kChainEntries) {
+      const int64_t chain_end = chain + kChainEntries < end ? chain + kChainEntries : end;
+      float chain_sum = 0.0f;
+      for (int64_t e = chain; e < chain_end; ++e) {
+        const int64_t feature = index_at(task.indices, e);
+        if (feature < 0) continue;
+        chain_sum += value_at(task.values, e) *
+                     widen(element, weight[feature * task.weight.row_stride + j * task.weight.col_stride]);
+      }
+      sum += chain_sum;
     }
     if (task.bias != nullptr) sum += task.bias[j];
     if (base != nullptr) sum += widen(element, base[row * task.base.row_stride + j * task.base.col_stride]);
@@ -156,20 +172,31 @@ void sum_groups(const GroupedSumTask& task) {
           sums[v] = zero();
           shifts[v] = task.shift != nullptr ? load_some(F32{}, task.shift + j + v * kLanes, partial) : zero();
         }
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t entry = task.entries[i];
-          const Vec coefficient = set1(value_at(task.coefficients, entry));
-          const Storage* row = rows + task.entry_rows[entry] * task.rows.row_stride + j;
-          for (int v = 0; v < kVectors; ++v) {
-            const Vec centred = sub(load_some(element, row + v * kLanes, partial), shifts[v]);
-            sums[v] = fmadd(coefficient, centred, sums[v]);
+        for (int64_t chain = begin; chain < end; chain += kChainEntries) {
+          const int64_t chain_end = chain + kChainEntries < end ? chain + kChainEntries : end;
+          Vec chains[kVectors];
+          for (int v = 0; v < kVectors; ++v) chains[v] = zero();
+          for (int64_t i = chain; i < chain_end; ++i) {
+            const int64_t entry = task.entries[i];
+            const Vec coefficient = set1(value_at(task.coefficients, entry));
+            const Storage* row = rows + task.entry_rows[entry] * task.rows.row_stride + j;
+            for (int v = 0; v < kVectors; ++v) {
+              const Vec centred = sub(load_some(element, row + v * kLanes, partial), shifts[v]);
+              chains[v] = fmadd(coefficient, centred, chains[v]);
+            }
           }
+          for (int v = 0; v < kVectors; ++v) sums[v] = add(sums[v], chains[v]);
         }
         for (int v = 0; v < kVectors; ++v) store_some(element, out + j + v * kLanes, partial, sums[v]);
       });
       if (task.out_sum != nullptr) {
         float sum = 0.0f;
-        for (int64_t i = begin; i < end; ++i) sum += value_at(task.coefficients, task.entries[i]);
+        for (int64_t chain = begin; chain < end; chain += kChainEntries) {
+          const int64_t chain_end = chain + kChainEntries < end ? chain + kChainEntries : end;
+          float chain_sum = 0.0f;
+          for (int64_t i = chain; i < chain_end; ++i) chain_sum += value_at(task.coefficients, task.entries[i]);
+          sum += chain_sum;
+        }
         store_scalar(task.out.dtype, task.out_sum, feature, sum);
       }
     }
