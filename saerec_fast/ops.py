@@ -92,9 +92,7 @@ def _encoder_gradients(
     if needs_x or needs_shift:
         grad_x = _ops.decode_sparse(offsets, indices, gradient, weight, None)
     if needs_weight or needs_bias:
-        grad_weight, grad_bias = _ops.sparse_weight_gradient(
-            offsets, indices, gradient, x, shift, weight.shape[0]
-        )
+        grad_weight, grad_bias = _ops.sparse_weight_gradient(offsets, indices, gradient, x, shift, weight.shape[0])
     if needs_shift:
         assert grad_x is not None
         grad_shift = -grad_x.sum(0)
@@ -138,7 +136,8 @@ class _EncodeTopK(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> Any:
         x, W_enc, b_dec, indices, values = ctx.saved_tensors
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
-        gradient = torch.where(values > 0, grad_values, 0).reshape(-1)
+        # "Not ≤", as the gradient of torch.relu: a NaN lets it pass.
+        gradient = torch.where(values <= 0, 0, grad_values).reshape(-1)
         return *_encoder_gradients(ctx, offsets, indices.reshape(-1), gradient, x, W_enc, b_dec), None
 
 
@@ -197,37 +196,51 @@ def _steer_differentiable(
     slots = sorted(set(features))
     slot_ids = torch.tensor(slots, dtype=torch.int64, device=x.device)
     rows = x.shape[0]
+    # In delta mode a feature that is only added to changes by the sum of its values, whatever its activation.
+    needed = {f for f, op in zip(features, ops, strict=True) if reconstruct or op != EDIT_CODES["add"]}
+    columns = {slot: x.new_zeros(rows) for slot in slots}
     sparse: tuple[Tensor, Tensor, Tensor] | None = None
     if k > 0:
-        top_values, top_indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
-        columns = [(top_values * (top_indices == slot)).sum(-1) for slot in slots]
-        sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
-    else:
+        if needed or reconstruct:
+            top_values, top_indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+            sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
+            columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
+    elif reconstruct:
         assert threshold is not None
+        sparse = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
+        offsets, indices, entries = sparse
+        entry_rows = torch.arange(rows, device=x.device).repeat_interleave(offsets.diff(), output_size=indices.shape[0])
+        for slot in needed:
+            columns[slot] = columns[slot].index_add(0, entry_rows, torch.where(indices == slot, entries, 0))
+    elif needed:
+        assert threshold is not None
+        needed_ids = torch.tensor(sorted(needed), dtype=torch.int64, device=x.device)
         centred = x if b_dec is None else x - b_dec
-        pre = centred @ W_enc.index_select(0, slot_ids).T
+        pre = centred @ W_enc.index_select(0, needed_ids).T
         if b_enc is not None:
-            pre = pre + b_enc.index_select(0, slot_ids)
-        slot_threshold = threshold if threshold.shape[0] == 1 else threshold.index_select(0, slot_ids)
-        columns = list(torch.where(pre <= slot_threshold.to(pre.dtype), 0, pre).unbind(-1))
-        if reconstruct:
-            sparse = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
-    edited = list(columns)
+            pre = pre + b_enc.index_select(0, needed_ids)
+        slot_threshold = threshold if threshold.shape[0] == 1 else threshold.index_select(0, needed_ids)
+        active = torch.where(pre <= slot_threshold, 0, pre)
+        columns |= dict(zip(sorted(needed), active.unbind(-1), strict=True))
+    edited = dict(columns)
     for i, (feature, op) in enumerate(zip(features, ops, strict=True)):
-        slot = slots.index(feature)
-        edited[slot] = _EDITS[op](edited[slot], values[..., i].to(x.dtype).expand(rows))
+        edited[feature] = _EDITS[op](edited[feature], values[..., i].to(x.dtype).expand(rows))
+    steered = x
     if reconstruct:
         assert sparse is not None
-        base = _ops.decode_sparse(*sparse, W_dec, b_dec)
-    else:
-        base = x
-    steered = base
-    if slots:
-        changes = torch.stack([after - before for after, before in zip(edited, columns, strict=True)], -1)
-        steered = base + changes @ W_dec.index_select(0, slot_ids)
-        if not reconstruct:
-            steered = torch.where((changes != 0).any(-1, keepdim=True), steered, x)
-    return steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+        # Edited features leave the sparse part altogether: taking their activation off again could not undo an infinite one.
+        offsets, indices, entries = sparse
+        if slots:
+            entries = torch.where(torch.isin(indices, slot_ids), 0, entries)
+        steered = _ops.decode_sparse(offsets, indices, entries, W_dec, b_dec)
+        if slots:
+            steered = steered + torch.stack(list(edited.values()), -1) @ W_dec.index_select(0, slot_ids)
+    elif slots:
+        changes = torch.stack([edited[slot] - columns[slot] for slot in slots], -1)
+        steered = x + changes @ W_dec.index_select(0, slot_ids)
+        steered = torch.where((changes != 0).any(-1, keepdim=True), steered, x)
+    steered = steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+    return steered.clone() if steered is x else steered
 
 
 # Codes of the edit ops, shared with csrc/include/saerec/steer.h.

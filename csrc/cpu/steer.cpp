@@ -37,7 +37,8 @@ struct CompiledPlan {
   std::vector<int64_t> features;      // (slots)
   std::vector<int64_t> edit_slots;    // (n_edits)
   std::vector<float> slot_threshold;  // (slots), empty for top-k
-  bool needs_activations = false;     // false: every edit adds, so the change does not depend on the activation
+  std::vector<char> adds_only;        // (slots) every edit adds, so the change does not depend on the activation
+  bool needs_activations = false;     // not all slots are adds_only
 
   int64_t slots() const { return static_cast<int64_t>(features.size()); }
 
@@ -52,9 +53,14 @@ CompiledPlan compile(const SteerParams& params) {
   plan.features.assign(params.edit_features, params.edit_features + params.n_edits);
   std::sort(plan.features.begin(), plan.features.end());
   plan.features.erase(std::unique(plan.features.begin(), plan.features.end()), plan.features.end());
+  plan.adds_only.assign(plan.features.size(), 1);
   for (int64_t i = 0; i < params.n_edits; ++i) {
-    plan.edit_slots.push_back(plan.slot_of(params.edit_features[i]));
-    if (params.edit_ops[i] != static_cast<int64_t>(EditOp::kAdd)) plan.needs_activations = true;
+    const int64_t slot = plan.slot_of(params.edit_features[i]);
+    plan.edit_slots.push_back(slot);
+    if (params.edit_ops[i] != static_cast<int64_t>(EditOp::kAdd)) {
+      plan.adds_only[slot] = 0;
+      plan.needs_activations = true;
+    }
   }
   if (params.k == 0) {
     for (const int64_t feature : plan.features) {
@@ -127,7 +133,7 @@ class ChunkSteerer {
     scratch.offsets.push_back(static_cast<int64_t>(scratch.features.size()));
   }
 
-  // Activations of the edited features only.
+  // Activations of the edited features only; 0 for those only added to, whose activation would cancel (were it finite).
   void encode_edited(SteerScratch& scratch) {
     const int64_t slots = plan_.slots();
     scratch.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
@@ -136,13 +142,14 @@ class ChunkSteerer {
       sweep_feature_list(thread_encoder_scratch(), x_, weights_, plan_.features.data(), slots,
                          scratch.activations.data());
       for (int64_t i = 0; i < x_.rows * slots; ++i) {
-        if (scratch.activations[i] <= plan_.slot_threshold[i % slots]) scratch.activations[i] = 0.0f;
+        const int64_t slot = i % slots;
+        if (plan_.adds_only[slot] || scratch.activations[i] <= plan_.slot_threshold[slot]) scratch.activations[i] = 0.0f;
       }
       return;
     }
     for_each_topk_entry([&](int64_t row, int64_t feature, float value) {
       const int64_t slot = plan_.slot_of(feature);
-      if (slot >= 0) scratch.activations[row * slots + slot] = value;
+      if (slot >= 0 && !plan_.adds_only[slot]) scratch.activations[row * slots + slot] = value;
     });
   }
 

@@ -68,9 +68,7 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
     return torch.where(_is_active(pre, inference_threshold(activation)), pre, 0)
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, *, k: int
-) -> SparseFeatures:
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, *, k: int) -> SparseFeatures:
     """Features of a top-k SAE: exactly k entries a row, ReLU after the selection."""
     top = linear_topk_of_scores(pre_activations(x, W_enc, b_enc, b_dec), k)
     batch_shape = tuple(x.shape[:-1])
@@ -103,7 +101,7 @@ def encode_features(
     """Dense activations ``(..., m)`` of the chosen features ``(m,)`` of a threshold SAE."""
     chosen_bias = None if b_enc is None else b_enc[features]
     pre = pre_activations(x, W_enc[features], chosen_bias, b_dec)
-    if isinstance(threshold, Tensor) and threshold.dim() == 1:
+    if isinstance(threshold, Tensor) and threshold.numel() > 1:
         threshold = threshold[features]
     return torch.where(_is_active(pre, threshold), pre, 0)
 
@@ -144,7 +142,7 @@ def steer(
     if plan.mode == "delta" and not plan.edits:
         return x.clone()
     a = activate(pre_activations(x, W_enc, b_enc, b_dec), activation)
-    values = x.new_tensor(plan.values) if strengths is None else strengths
+    values = x.new_tensor(plan.values) if strengths is None else strengths.to(x.dtype)
     edited = a
     for j, edit in enumerate(plan.edits):
         column = apply_edit(edited[..., edit.feature], edit, values[..., j])
@@ -152,7 +150,18 @@ def steer(
         edited = edited.index_copy(-1, feature, column.unsqueeze(-1))
     if plan.mode == "delta":
         changed = sorted({edit.feature for edit in plan.edits})
-        steered = x + (edited - a)[..., changed] @ W_dec[changed]
+        columns = []
+        for feature in changed:
+            own = [j for j, edit in enumerate(plan.edits) if edit.feature == feature]
+            if all(plan.edits[j].op == "add" for j in own):
+                # a cancels, also where it is infinite or NaN.
+                columns.append(values[..., own].sum(-1).expand(x.shape[:-1]))
+            else:
+                columns.append(edited[..., feature] - a[..., feature])
+        changes = torch.stack(columns, -1)
+        steered = x + changes @ W_dec[changed]
+        # Adding 0 would turn -0.0 into 0.0.
+        steered = torch.where((changes != 0).any(-1, keepdim=True), steered, x)
     else:
         steered = edited @ W_dec
         steered = steered if b_dec is None else steered + b_dec
