@@ -348,3 +348,15 @@ def test_load_refuses_weights_of_another_save(saved):
     (saved / "config.json").write_bytes(config)
     with pytest.raises(ValueError, match="weights_sha256"):
         SparseAutoencoder.load(saved)
+
+
+def test_compiles_to_one_graph(activation, scalars):
+    torch._dynamo.reset()
+    sae = make(activation, *scalars).eval()
+    x = hidden_states(6)
+    plan = SteeringPlan([Edit(1, "add", 2.0)])
+    with torch.no_grad():
+        compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), sae(x), rtol=1e-5, atol=1e-5)
+        steer = torch.compile(lambda x: sae.steer(x, plan), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(steer(x), sae.steer(x, plan), rtol=1e-5, atol=1e-5)
