@@ -36,8 +36,8 @@ class Inputs(NamedTuple):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Widths on both sides of every vector length (4, 8, 16) and of the feature block (32), row counts on both sides of the row
-# tiles (2, 6, 8) and of the chunk (128); each size appears, their product does not.
+# Widths on both sides of every vector length (4, 8, 16) and of the feature block (32), row counts on both sides of
+# the row tiles (2, 6, 8) and of the chunk (128); each size appears, their product does not.
 _SIZES = [
     (1, 1, 1, 1),
     (15, 17, 1, 3),

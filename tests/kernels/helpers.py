@@ -1,7 +1,7 @@
 """Truth, tolerances and awkward memory layouts, shared by the kernel tests.
 
-The kernels accumulate in float32 and round once to the output's dtype, whatever the dtype of the inputs: their error has
-a bound that can be computed, and the tests hold them to it.
+The kernels accumulate in float32 and round once to the output's dtype, whatever the dtype of the inputs: their error
+has a bound that can be computed, and the tests hold them to it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def assert_top_k(result: TopKResult, scores: Tensor, tolerance: Tensor, dtype: t
 
 
 def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, factor: float) -> None:
-    """The largest error against float64 ``truth`` is at most ``factor`` times that of plain PyTorch in the same dtype."""
+    """The largest error against float64 ``truth`` is at most ``factor`` times that of plain PyTorch."""
     if truth.numel() == 0:
         return
     error, plain_error = (float((t.double() - truth).abs().max()) for t in (actual, plain))

@@ -57,9 +57,7 @@ def test_decode(case: Case) -> None:
     check(features, inputs.W_dec, None)
 
 
-@pytest.mark.parametrize(
-    "d", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 192, 200, 257]
-)
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_tail(d: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(d, 19, 5, 4, dtype))

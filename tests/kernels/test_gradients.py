@@ -220,7 +220,6 @@ def test_non_finite_rows(name: str) -> None:
                 rtol=1e-4,
                 atol=1e-4,
                 equal_nan=True,
-                msg=lambda m: f"{leaf}: {m}",
             )
 
 

@@ -1,0 +1,88 @@
+"""No kernel may write the batch × dictionary matrix, forward or backward."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS, FEATURES = 4096, 32768
+DENSE_MIB = ROWS * FEATURES * 4 / 2**20
+
+# ru_maxrss of a child begins with its parent's peak, so the peak is read from the process itself. It never falls: the
+# eager version comes last.
+_SCRIPT = """
+import json, re, sys
+import torch
+import saerec_fast as fast
+
+rows, n, d, k = ROWS, FEATURES, 64, 32
+torch.manual_seed(0)
+
+def tensors(rows, n):
+    return [torch.randn(rows, d), torch.randn(n, d) / 8, torch.randn(n) / 8, torch.randn(d) / 8, torch.randn(n, d) / 8]
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+edits = [fast.Edit(7, "set", 1.0), fast.Edit(9, "scale", 2.0)]
+
+def linear_topk(x, W_enc, b_enc, b_dec, W_dec):
+    return fast.linear_topk(x, W_enc, b_enc, k=k, backend="cpu").values
+
+def encode_decode(x, W_enc, b_enc, b_dec, W_dec):
+    return fast.decode_sparse(fast.encode_topk(x, W_enc, b_enc, b_dec, k=k, backend="cpu"), W_dec, b_dec, backend="cpu")
+
+def steer_topk(*t):
+    return fast.steer(*t, fast.TopK(k), fast.SteeringPlan(edits, "reconstruct"), backend="cpu")
+
+def steer_relu(*t):
+    return fast.steer(*t, fast.ReLU(), fast.SteeringPlan(edits), backend="cpu")
+
+def eager(x, W_enc, b_enc, b_dec, W_dec):
+    values, indices = torch.addmm(b_enc, x - b_dec, W_enc.T).topk(k)
+    return torch.zeros(rows, n).scatter(1, indices, values.relu()) @ W_dec + b_dec
+
+def run(op, inputs):
+    op(*inputs)
+    with torch.inference_mode():
+        op(*inputs)
+    if op is not eager:
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        op(*leaves).sum().backward()
+        for leaf in leaves:
+            leaf.grad = None
+            leaf.requires_grad_(False)
+
+ops = [linear_topk, encode_decode, steer_topk, steer_relu]
+for op in ops:  # what PyTorch loads on first use is not the kernels'
+    run(op, tensors(16, 100))
+inputs = tensors(rows, n)
+baseline, growth = peak(), {}
+for op in [*ops, eager]:
+    run(op, inputs)
+    growth[op.__name__] = peak() - baseline
+print(json.dumps(growth))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_no_batch_by_dictionary_matrix() -> None:
+    script = _SCRIPT.replace("ROWS", str(ROWS)).replace("FEATURES", str(FEATURES))
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    growth = json.loads(result.stdout)
+    # If the measurement did not work, the eager version would not show either.
+    assert growth.pop("eager") > DENSE_MIB
+    assert all(mib < 100 for mib in growth.values()), growth
