@@ -65,7 +65,9 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
         rows = pre.numel() // max(pre.shape[-1], 1)
         top = linear_topk_of_scores(flat, min(activation.k * rows, flat.shape[-1]))
         return torch.zeros_like(flat).scatter(-1, top.indices, top.values.relu()).reshape(pre.shape)
-    return torch.where(_is_active(pre, inference_threshold(activation)), pre, 0)
+    threshold = inference_threshold(activation)
+    assert threshold is not None  # only TopK has none
+    return torch.where(_is_active(pre, threshold), pre, 0)
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, *, k: int) -> SparseFeatures:
@@ -146,8 +148,8 @@ def steer(
     edited = a
     for j, edit in enumerate(plan.edits):
         column = apply_edit(edited[..., edit.feature], edit, values[..., j])
-        feature = torch.tensor([edit.feature], device=x.device)
-        edited = edited.index_copy(-1, feature, column.unsqueeze(-1))
+        index = torch.tensor([edit.feature], device=x.device)
+        edited = edited.index_copy(-1, index, column.unsqueeze(-1))
     if plan.mode == "delta":
         changed = sorted({edit.feature for edit in plan.edits})
         columns = []
@@ -159,9 +161,9 @@ def steer(
             else:
                 columns.append(edited[..., feature] - a[..., feature])
         changes = torch.stack(columns, -1)
-        steered = x + changes @ W_dec[changed]
-        # Adding 0 would turn -0.0 into 0.0.
-        steered = torch.where((changes != 0).any(-1, keepdim=True), steered, x)
+        # x - (0.0), where x + 0.0 would turn -0.0 into 0.0: rows that nothing changes keep their bits, and still have a
+        # gradient with respect to the strengths.
+        steered = x - (-changes @ W_dec[changed] + 0.0)
     else:
         steered = edited @ W_dec
         steered = steered if b_dec is None else steered + b_dec
@@ -222,6 +224,6 @@ def linear_topk_of_scores(scores: Tensor, k: int) -> TopKResult:
     return TopKResult(scores.gather(-1, indices), indices)
 
 
-def _is_active(pre: Tensor, threshold: float | Tensor | None) -> Tensor:
+def _is_active(pre: Tensor, threshold: float | Tensor) -> Tensor:
     # "Not ≤" rather than ">": a NaN must stay visible in the output, as with torch.relu.
     return ~(pre <= threshold)

@@ -1,114 +1,137 @@
-"""Steering inside a model: a forward hook that edits the hidden state a module returns."""
+"""Steering a model in place: a plan runs inside the forward pass of a module of somebody else's model."""
 
 from __future__ import annotations
 
 import difflib
+import gc
+import itertools
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from saerec_fast.sae import SparseAutoencoder
-from saerec_fast.types import SteeringPlan
+from saerec_fast.types import SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
 
+Valid = Callable[..., Tensor]
+Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
-def attach(
-    model: nn.Module,
-    site: str | nn.Module,
-    sae: SparseAutoencoder,
-    plan: SteeringPlan,
-    valid: Callable[..., Tensor] | None = None,
-    *,
-    strengths: Tensor | None = None,
-) -> SteeringHandle:
-    """Steer the output of a module inside ``model`` until the handle is detached.
 
-    Args:
-        model: the recommender, not compiled yet: a compiled graph would silently ignore the hook.
-        site: dotted path of a module inside ``model``, or the module. It returns hidden states ``(..., d_model)`` as a
-            tensor, a tuple (the first tensor of that width is steered) or a list (the last one is).
-        sae: trained on that site.
-        plan: the edits. Several handles on one site act in the order they were attached.
-        valid: maps the arguments of ``model.forward`` to a bool mask ``(B, L)`` of non-padding positions, for example
-            ``lambda ids: ids != 0``. Padding stays untouched, and ``last`` means each row's last valid position. Without
-            it every position is valid and ``last`` is ``[:, -1]``.
-        strengths: replace the plan's values: ``(m,)``, or ``(B, m)`` for strengths per row of the batch. The tensor
-            is used as it is, so that gradients flow to it and changes in place act at once, without recompiling.
+# Per thread, the masks of the forward passes it is in, as pairs (key of the handle, mask), outermost first. A tuple
+# that is replaced rather than changed, in a plain threading.local: torch.compile loses what is stored in a subclass.
+_running = threading.local()
+_keys = itertools.count()
 
-    Returns:
-        A handle, which is also a context manager.
-
-    Raises:
-        ValueError: no such module, an unknown feature, strengths of a wrong shape or not finite, or a model that
-            is compiled already.
-        TypeError: a wrong type.
-    """
-    return SteeringHandle(model, site, sae, plan, valid, strengths)
+_COMPILED = (
+    "model: expected a model that is not compiled yet, since compiled code ignores what is attached later; attach "
+    "first, then torch.compile (and change strengths and plan by the handle's update)"
+)
 
 
 class SteeringHandle:
-    """An attached plan; see :func:`attach`. Detaches at the end of a ``with`` block, or by :meth:`detach`."""
+    """A plan that acts in a model, made by :func:`attach`; a context manager that detaches when its block ends.
+
+    Handles on the same module act in the order they were attached. Forward passes may run in several threads at once;
+    call :meth:`update` and :meth:`detach` between them.
+    """
+
+    _plan: SteeringPlan
+    _traced_plan: SteeringPlan
+    _strengths: Tensor
+    _owns_strengths: bool
 
     def __init__(
         self,
         model: nn.Module,
-        site: str | nn.Module,
+        site: str,
+        module: nn.Module,
         sae: SparseAutoencoder,
         plan: SteeringPlan,
-        valid: Callable[..., Tensor] | None,
-        strengths: Tensor | None,
+        valid: Valid | None,
+        strengths: Strengths | None,
     ) -> None:
-        _check_not_compiled(model)
-        module = _find_module(model, site)
+        self._site = site
         self._sae = sae
         self._valid = valid
-        # One forward pass per thread: concurrent requests must not see each other's mask.
-        self._local = threading.local()
-        self._traced_mask: Tensor | None = None
-        self._set(plan, strengths)
-        self._hooks = []
+        self._key = next(_keys)
+        # Read inside the hooks: compiled code ignores that a hook was removed, but it does notice this change.
+        self._attached = True
+        self._bind(plan, strengths)
+        # Compiled code would have to be compiled again for the second call, in which the attribute is there.
+        _running.masks = _masks()
+        self._hooks: list[RemovableHandle] = []
         if valid is not None:
-            self._hooks.append(model.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
-            self._hooks.append(model.register_forward_hook(self._forget_mask, always_call=True))
+            self._hooks.append(model.register_forward_pre_hook(self._enter_call, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(self._steer_output))
+        if valid is not None:
+            # After the hook above, which may be on the same module; called also where the forward pass raises.
+            self._hooks.append(model.register_forward_hook(self._leave_call, always_call=True))
+
+    @property
+    def site(self) -> str:
+        """Dotted path of the steered module; empty for the model itself."""
+        return self._site
+
+    @property
+    def attached(self) -> bool:
+        """Whether the plan still acts."""
+        return self._attached
 
     @property
     def plan(self) -> SteeringPlan:
-        """The plan in force."""
+        """The plan in force; what its edits do by how much is in :attr:`strengths`."""
         return self._plan
 
     @property
     def strengths(self) -> Tensor:
-        """The strengths in force, ``(m,)`` or ``(B, m)``; changes in place act on the next forward pass."""
+        """The strengths in force, ``(m,)`` or ``(B, m)``: the tensor the forward pass reads."""
         return self._strengths
 
-    def update(self, plan: SteeringPlan | None = None, strengths: Tensor | None = None) -> None:
-        """Change the plan, or only its strengths: those of the same shape are copied in place, so that compiled
-        code goes on with the same graph.
+    def update(self, plan: SteeringPlan | None = None, strengths: Strengths | None = None) -> None:
+        """Change what is done, from the next forward pass on.
+
+        New strengths of the same shape are written into the tensor the forward pass reads, so that compiled code runs
+        on as it is. The same goes for a plan with the same features, ops, mode and kind of positions; any other plan
+        makes compiled code compile once more.
+
+        Args:
+            plan: replaces the plan; the strengths become its values, unless given too.
+            strengths: as in :func:`attach`; replaces the strengths, and the plan stays.
 
         Raises:
-            ValueError, TypeError: as :func:`attach`; the plan in force then stays.
+            RuntimeError: already detached.
+            ValueError, TypeError: as :func:`attach`, or neither was given; the handle then stays as it was.
         """
-        if plan is not None:
-            self._set(plan, strengths)
-        elif strengths is not None:
-            strengths = self._checked_strengths(self._plan, strengths)
-            if strengths.shape == self._strengths.shape and not strengths.requires_grad:
-                with torch.no_grad():
-                    self._strengths.copy_(strengths)
-            else:
-                self._strengths = strengths
+        self._check_attached()
+        if plan is None:
+            if strengths is None:
+                raise ValueError("update: expected a plan, strengths or both, got neither")
+            self._write_strengths(_check_strengths(strengths, self._sae, len(self._plan.edits)))
+            return
+        check_plan(plan, self._sae.n_features)
+        if _structure(plan) != _structure(self._traced_plan):
+            self._bind(plan, strengths)
+            return
+        self._write_strengths(_checked_or_planned(strengths, plan, self._sae))
+        if isinstance(plan.positions, Tensor):
+            assert isinstance(self._traced_plan.positions, Tensor)
+            self._traced_plan.positions.copy_(plan.positions)
+        self._plan = plan
 
     def detach(self) -> None:
-        """Take the hooks off; a second call does nothing."""
+        """Take the plan out of the model; doing so again does nothing."""
+        self._attached = False
         while self._hooks:
             self._hooks.pop().remove()
 
     def __enter__(self) -> SteeringHandle:
+        self._check_attached()
         return self
 
     def __exit__(
@@ -116,92 +139,305 @@ class SteeringHandle:
     ) -> None:
         self.detach()
 
-    def _set(self, plan: SteeringPlan, strengths: Tensor | None) -> None:
-        check_plan(plan, self._sae.n_features)
-        if strengths is None:
-            strengths = torch.tensor(plan.values, dtype=torch.float32, device=self._sae.W_dec.device)
-        self._strengths = self._checked_strengths(plan, strengths)
+    def __repr__(self) -> str:
+        positions = "mask" if isinstance(self._plan.positions, Tensor) else self._plan.positions
+        return (
+            f"SteeringHandle(site={self._site!r}, edits={len(self._plan.edits)}, mode={self._plan.mode!r}, "
+            f"positions={positions!r}, attached={self._attached})"
+        )
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise RuntimeError(f"the handle on {self._site!r} is detached; attach again")
+
+    def _bind(self, plan: SteeringPlan, strengths: Strengths | None) -> None:
+        """Take a plan of any structure, with tensors of its own."""
+        checked = _checked_or_planned(strengths, plan, self._sae)
+        positions = plan.positions
+        if isinstance(positions, Tensor):
+            positions = _own_copy(positions)
         self._plan = plan
+        # The hook reads structure and mask from a plan of its own, which stays the same object while only values
+        # change: compiled code then has nothing new to look at.
+        self._traced_plan = SteeringPlan(plan.edits, mode=plan.mode, positions=positions)
+        self._adopt(checked)
 
-    @staticmethod
-    def _checked_strengths(plan: SteeringPlan, strengths: Tensor) -> Tensor:
-        if not isinstance(strengths, Tensor) or not strengths.is_floating_point():
-            raise TypeError("strengths: expected a floating point tensor (m,) or (B, m)")
-        m = len(plan.edits)
-        if strengths.dim() not in (1, 2) or strengths.shape[-1] != m:
-            raise ValueError(f"strengths: expected shape ({m},) or (B, {m}), got {tuple(strengths.shape)}")
-        if not bool(strengths.detach().isfinite().all()):
-            raise ValueError("strengths: expected finite numbers")
-        return strengths
+    def _adopt(self, strengths: Tensor) -> None:
+        # Strengths that are being learnt must be the caller's own tensor, or no gradient would reach it.
+        self._owns_strengths = not strengths.requires_grad
+        self._strengths = _own_copy(strengths) if self._owns_strengths else strengths
 
-    def _remember_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._valid is not None
-        mask = self._valid(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            self._traced_mask = mask
+    def _write_strengths(self, strengths: Tensor) -> None:
+        current = self._strengths
+        if self._owns_strengths and not strengths.requires_grad and strengths.shape == current.shape:
+            with torch.no_grad():
+                current.copy_(strengths)
         else:
-            self._local.mask = mask
+            self._adopt(strengths)
 
-    def _forget_mask(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._traced_mask = None
-        else:
-            self._local.mask = None
+    def _enter_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._attached:
+            assert self._valid is not None
+            _running.masks = (*_masks(), (self._key, self._valid(*args, **kwargs)))
 
-    def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _leave_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        masks = _masks()
+        for index in reversed(range(len(masks))):
+            if masks[index][0] == self._key:
+                _running.masks = masks[:index] + masks[index + 1 :]
+                return
+
+    def _mask_of_call(self, x: Tensor) -> Tensor:
+        """What ``valid`` said about the forward pass that runs, for hidden states ``x``."""
+        expected = tuple(x.shape[:-1])
+        masks = [mask for key, mask in _masks() if key == self._key]
+        if not masks:
+            raise RuntimeError(
+                f"valid: site {self._site!r} ran outside a forward pass of the model it was attached through, so that "
+                "valid never saw that model's arguments; attach through the module whose forward is really called "
+                "(some libraries call an inner one directly), or leave valid out if no position is padding"
+            )
+        mask = masks[-1]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"valid: expected a bool mask {expected}, got {_describe(mask)}")
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"valid: expected a mask {expected} like the output of {self._site!r}, got {tuple(mask.shape)}"
+            )
+        return mask.to(x.device)
+
+    def _steer_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._attached:
+            return output
         if isinstance(output, Tensor):
-            return self._steered(output)
+            return self._steer(output)
         if isinstance(output, (tuple, list)):
-            width = self._sae.d_model
-            places = [i for i, one in enumerate(output) if isinstance(one, Tensor) and one.shape[-1:] == (width,)]
-            if not places:
-                raise ValueError(f"steering: the module's output holds no tensor of width {width} (the SAE's d_model)")
-            chosen = places[0] if isinstance(output, tuple) else places[-1]
-            parts = [self._steered(one) if i == chosen else one for i, one in enumerate(output)]
-            if hasattr(output, "_fields"):
-                return type(output)(*parts)
-            return tuple(parts) if isinstance(output, tuple) else parts
-        raise TypeError(f"steering: expected the module to return a tensor, tuple or list, got {type(output).__name__}")
+            index = _hidden_index(output, self._sae.d_model)
+            if index is not None:
+                parts = list(output)
+                parts[index] = self._steer(parts[index])
+                if isinstance(output, list):
+                    return parts
+                # A named tuple takes its fields one by one, a plain one as an iterable.
+                return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+        raise TypeError(
+            f"site: expected {self._site!r} to return a tensor (..., {self._sae.d_model}), or a tuple or list with "
+            f"one, got {_describe(output)}"
+        )
 
-    def _steered(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[-1] != self._sae.d_model:
+    def _steer(self, x: Tensor) -> Tensor:
+        sae, plan = self._sae, self._traced_plan
+        if x.dim() < 2 or x.shape[-1] != sae.d_model:
             raise ValueError(
-                f"steering: expected hidden states of width {self._sae.d_model} (the SAE's d_model), "
-                f"got {tuple(hidden.shape)}"
+                f"site: {self._site!r} returned shape {tuple(x.shape)}, expected (..., {sae.d_model}) for this SAE"
             )
-        mask = None
-        if self._valid is not None:
-            mask = self._traced_mask if torch.compiler.is_compiling() else getattr(self._local, "mask", None)
-            if mask is None:
-                raise RuntimeError(
-                    "steering: `valid` was given, but the module ran outside the model's own forward, "
-                    "so that the mask is unknown"
+        if plan.mode == "delta" and not plan.edits:
+            return x.clone()
+        if isinstance(plan.positions, str) and plan.positions == "last" and x.dim() < 3:
+            raise ValueError(
+                f"positions: 'last' needs hidden states (B, L, d), but {self._site!r} returned {tuple(x.shape)}; "
+                "give a bool mask over its rows, or 'all'"
+            )
+        valid = None if self._valid is None else self._mask_of_call(x)
+        strengths = self._strengths.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        if strengths.dim() == 2:
+            if strengths.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"strengths: expected ({x.shape[0]}, {len(plan.edits)}), one row for each of this batch, "
+                    f"got {tuple(strengths.shape)}"
                 )
-        strengths = self._strengths
-        if strengths.dim() == 2 and hidden.dim() > 2:
-            strengths = strengths.reshape(strengths.shape[0], *[1] * (hidden.dim() - 2), strengths.shape[1])
-        return self._sae.steer(hidden, self._plan, strengths=strengths, valid=mask)
+            strengths = strengths.reshape(x.shape[0], *[1] * (x.dim() - 2), len(plan.edits))
+        return sae.steer(x, plan, strengths=strengths, valid=valid)
 
 
-def _find_module(model: nn.Module, site: str | nn.Module) -> nn.Module:
-    modules = dict(model.named_modules())
+def attach(
+    model: nn.Module,
+    site: str | nn.Module,
+    sae: SparseAutoencoder,
+    plan: SteeringPlan,
+    valid: Valid | None = None,
+    *,
+    strengths: Strengths | None = None,
+) -> SteeringHandle:
+    """Make ``plan`` act on the hidden states that a module of ``model`` returns, until the handle is detached::
+
+        with attach(model, "transformer.h.0", sae, plan, valid=lambda tokens: tokens != 0) as handle:
+            model(tokens)
+
+    The output of the module is replaced by a new tensor, and never written to. It may be a tensor ``(..., d_model)``; a
+    tuple, in which the first such tensor is replaced; or a list, in which the last one is (a list holds the states
+    after every layer, and its last entry is the one read on). An empty plan in ``delta`` mode changes no bit, nor does
+    any plan in rows that it does not steer.
+
+    Attach before ``torch.compile``: compiled code does not see a hook that comes later. That a model was compiled is
+    seen where it is a ``torch.compile`` wrapper, has one, or went through ``Module.compile``, and not where a compiled
+    function calls it.
+
+    Args:
+        model: the model whose forward is called.
+        site: dotted path of the module in ``model`` (as in ``model.get_submodule``; ``""`` is ``model`` itself), or
+            that module.
+        sae: trained on hidden states of that module, on the same device and in the same dtype.
+        plan: the edits, their mode and their positions. A mask of positions has the leading shape of the hidden states.
+        valid: called with the arguments of every forward of ``model``; returns a bool mask ``(B, L)`` of the positions
+            that are no padding. Padding stays as it is, and ``"last"`` means each row's last valid position. By default
+            every position is valid and ``"last"`` is the end of the sequence, which is right for padding on the left.
+        strengths: replace the values of the plan's ``m`` edits: ``(m,)``, or ``(B, m)`` for one set per row of the
+            batch. Copied, except a tensor that requires grad: gradients flow to it.
+
+    Returns:
+        The handle.
+
+    Raises:
+        ValueError: no such module (near matches are listed), a module that is never called, one that is or belongs to a
+            compiled one, a feature id ≥ ``sae.n_features``, an SAE without an inference threshold, or strengths
+            that are not finite or of another shape.
+        TypeError: an argument of the wrong type.
+
+    The forward pass then raises:
+        ValueError: hidden states of another width; a mask or strengths for a batch of another shape; ``"last"`` without
+            a sequence dimension.
+        TypeError: the module returned no tensor of width ``d_model``, or ``valid`` no bool mask.
+        RuntimeError: ``valid`` was given, but the module ran without ``model``'s forward.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(sae, SparseAutoencoder):
+        raise TypeError(f"sae: expected a SparseAutoencoder, got {type(sae).__name__}")
+    if valid is not None and not callable(valid):
+        raise TypeError(f"valid: expected a function of the model's arguments, or None, got {type(valid).__name__}")
+    if hasattr(model, "_orig_mod"):  # whose paths differ from those of the model inside
+        raise ValueError(_COMPILED)
+    path, module = _resolve(model, site)
+    _check_not_compiled(model, module)
+    check_plan(plan, sae.n_features)
+    inference_threshold(sae.activation)
+    return SteeringHandle(model, path, module, sae, plan, valid, strengths)
+
+
+def _masks() -> tuple[tuple[int, Tensor], ...]:
+    return getattr(_running, "masks", ())
+
+
+def _resolve(model: nn.Module, site: str | nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of ``site``."""
     if isinstance(site, nn.Module):
-        if not any(module is site for module in modules.values()):
-            raise ValueError(f"site: expected a module inside the model, got another {type(site).__name__}")
-        return site
-    if site not in modules or site == "":
-        near = difflib.get_close_matches(site, [name for name in modules if name], n=5, cutoff=0.3)
-        raise ValueError(f"site: the model has no module {site!r}" + (f"; near: {', '.join(near)}" if near else ""))
-    return modules[site]
+        found = next((name for name, module in model.named_modules() if module is site), None)
+        if found is None:
+            raise ValueError(f"site: expected a module of {type(model).__name__}, got another {type(site).__name__}")
+        path, module = found, site
+    elif isinstance(site, str):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if site not in modules:
+            raise ValueError(f"site: {type(model).__name__} has no module {site!r}; {_suggestion(site, list(modules))}")
+        path, module = site, modules[site]
+    else:
+        raise TypeError(f"site: expected a dotted path or a torch.nn.Module, got {type(site).__name__}")
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        raise ValueError(
+            f"site: {path!r} is a {type(module).__name__}, which is never called itself; name a module inside it"
+        )
+    return path, module
 
 
-def _check_not_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if (
-            hasattr(module, "_orig_mod")
-            or getattr(module, "_compiled_call_impl", None) is not None
-            or hasattr(module.forward, "_torchdynamo_orig_callable")
-        ):
-            raise ValueError(
-                f"model: {name or 'it'} is compiled already, and compiled code ignores hooks attached later; attach first"
-            )
+def _suggestion(path: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(path, names, n=5)
+    if near:
+        return f"near matches: {', '.join(near)}"
+    # As far down as the path is right, what is there?
+    parent = path
+    while parent and parent not in names:
+        parent = parent.rpartition(".")[0]
+    prefix = f"{parent}." if parent else ""
+    children = [name for name in names if name.startswith(prefix) and name and "." not in name[len(prefix) :]]
+    return f"{parent or 'it'} has: {', '.join(children) or 'none'}"
+
+
+def _check_not_compiled(model: nn.Module, module: nn.Module) -> None:
+    around = [outer for outer in model.modules() if any(inner is module for inner in outer.modules())]
+    for outer in around:
+        if isinstance(outer, torch.jit.ScriptModule):
+            raise ValueError(f"model: expected a plain module, got {type(outer).__name__}, which ignores hooks")
+    if (
+        any(hasattr(outer, "_orig_mod") or getattr(outer, "_compiled_call_impl", None) for outer in around)
+        # What torch.compile(module.forward) put in the place of a forward.
+        or any(hasattr(outer.forward, "_torchdynamo_orig_callable") for outer in around)
+        or _has_compiled_wrapper(around)
+    ):
+        raise ValueError(_COMPILED)
+
+
+def _has_compiled_wrapper(modules: list[nn.Module]) -> bool:
+    """Whether what ``torch.compile(module)`` returned for one of these is still alive.
+
+    The wrapper leaves no mark on the module, but it refers to it. Looking for it visits every object (some 30 ms) and
+    is spared where nothing can have been compiled.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return False
+
+    def search() -> bool:
+        holders = [holder for holder in gc.get_referrers(*modules) if isinstance(holder, dict)]
+        return any(holder.get("_orig_mod") is module for holder in holders for module in modules)
+
+    if not search():
+        return False
+    # Wrappers lie in reference cycles: one that nobody can call any more may just not be collected yet.
+    gc.collect()
+    return search()
+
+
+def _checked_or_planned(strengths: Strengths | None, plan: SteeringPlan, sae: SparseAutoencoder) -> Tensor:
+    """The strengths, or where there are none the values of the plan."""
+    return _check_strengths(plan.values if strengths is None else strengths, sae, len(plan.edits))
+
+
+def _check_strengths(strengths: Strengths, sae: SparseAutoencoder, n_edits: int) -> Tensor:
+    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
+    if isinstance(strengths, Tensor):
+        if strengths.dtype == torch.bool or strengths.is_complex():
+            raise TypeError(f"strengths: expected real numbers, got {strengths.dtype}")
+    else:
+        try:
+            strengths = torch.tensor(strengths, dtype=dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"strengths: expected numbers ({n_edits},) or (B, {n_edits}): {error}") from None
+    if strengths.dim() not in (1, 2) or strengths.shape[-1] != n_edits:
+        raise ValueError(
+            f"strengths: expected shape ({n_edits},) or (B, {n_edits}) for a plan of {n_edits} edits, "
+            f"got {tuple(strengths.shape)}"
+        )
+    if not bool(torch.isfinite(strengths).all()):
+        raise ValueError("strengths: expected finite numbers, got NaN or infinity")
+    # A tensor that is being learnt is kept as it is and converted in every forward pass, within its graph.
+    return strengths if strengths.requires_grad else strengths.to(device=sae.W_dec.device, dtype=dtype)
+
+
+def _structure(plan: SteeringPlan) -> tuple[Any, ...]:
+    """All of a plan that compiled code depends on."""
+    positions = tuple(plan.positions.shape) if isinstance(plan.positions, Tensor) else plan.positions
+    return tuple((edit.feature, edit.op) for edit in plan.edits), plan.mode, positions
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    # A tensor made under inference_mode could not be written to outside it later.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty_like(tensor, requires_grad=False).copy_(tensor)
+
+
+def _hidden_index(parts: Sequence[Any], width: int) -> int | None:
+    """Which entry holds the hidden states: the first tensor of that width in a tuple, the last in a list."""
+    indices = list(range(len(parts)))
+    for index in reversed(indices) if isinstance(parts, list) else indices:
+        part = parts[index]
+        if isinstance(part, Tensor) and part.dim() >= 2 and part.shape[-1] == width:
+            return index
+    return None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__}({', '.join(_describe(part) for part in value)})"
+    return type(value).__name__

@@ -1,0 +1,767 @@
+"""A plan in somebody else's model, against the same plan applied by hand to the hidden states of the site."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saerec_fast.sae import SparseAutoencoder
+from saerec_fast.steering import SteeringHandle, attach
+from saerec_fast.types import BatchTopK, Edit, JumpReLU, ReLU, SteeringPlan, TopK
+
+WIDTH = 8
+N_FEATURES = 24
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+EDITS = [Edit(0, "set", 3.0), Edit(7, "add", 1.5), Edit(7, "scale", 0.5), Edit(23, "clamp_min", 2.0)]
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    weights: Tensor
+
+
+class Block(nn.Module):
+    """A residual layer that returns its hidden state as ``layout`` says."""
+
+    def __init__(self, layout: str = "tensor") -> None:
+        super().__init__()
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+        self.layout = layout
+
+    def forward(self, hidden: Tensor) -> Any:
+        hidden = hidden + torch.tanh(self.mlp(hidden))
+        side = hidden[..., :3]
+        return {
+            "tensor": hidden,
+            "tuple": (side, hidden, hidden + 1),
+            "list": [side, hidden + 1, hidden],
+            "named": Pair(hidden, side),
+            "dict": {"hidden": hidden},
+            "narrow": (side, 3),
+        }[self.layout]
+
+
+class Model(nn.Module):
+    def __init__(self, layout: str = "tensor") -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block(layout)])
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, tokens: Tensor, *, fail: bool = False) -> Tensor:
+        hidden = self.blocks[0](self.embedding(tokens))
+        if fail:
+            raise RuntimeError("asked to")
+        hidden = self.blocks[1](hidden)
+        if isinstance(hidden, tuple):
+            hidden = next(part for part in hidden if part.shape[-1] == WIDTH)
+        elif isinstance(hidden, list):
+            hidden = hidden[-1]
+        elif isinstance(hidden, dict):
+            hidden = hidden["hidden"]
+        return self.head(hidden)
+
+
+def make_model(layout: str = "tensor") -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return Model(layout).eval()
+
+
+def make_sae(activation: Any = None, **options: Any) -> SparseAutoencoder:
+    generator = torch.Generator().manual_seed(7)
+    sae = SparseAutoencoder(WIDTH, N_FEATURES, activation, generator=generator, **options).eval()
+    with torch.no_grad():
+        sae.b_enc.copy_(0.1 * torch.randn(N_FEATURES, generator=generator))
+        sae.b_dec.copy_(0.1 * torch.randn(WIDTH, generator=generator))
+    return sae
+
+
+@pytest.fixture
+def model() -> Model:
+    return make_model()
+
+
+@pytest.fixture
+def sae() -> SparseAutoencoder:
+    return make_sae()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def is_item(tokens: Tensor, **_: Any) -> Tensor:
+    return tokens != 0
+
+
+def through_block_0(model: Model, tokens: Tensor) -> Tensor:
+    """Hidden states after block 0."""
+    return model.blocks[0](model.embedding(tokens))
+
+
+def from_block_0(model: Model, hidden: Tensor) -> Tensor:
+    """The rest of the forward pass."""
+    return model.head(model.blocks[1](hidden))
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(
+        len(hooks)
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+@pytest.mark.parametrize("mode", ["delta", "reconstruct"])
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize("with_valid", [True, False])
+@pytest.mark.parametrize("activation", [ReLU(), TopK(4), JumpReLU(0.2), BatchTopK(4, threshold=0.1)], ids=repr)
+@torch.no_grad()
+def test_acts_at_the_site(model: Model, activation: Any, mode: Any, positions: Any, with_valid: bool) -> None:
+    sae = make_sae(activation, mean=0.3, std=1.7)
+    plan = SteeringPlan(EDITS, mode=mode, positions=positions)
+    plain = model(TOKENS)
+    hidden = through_block_0(model, TOKENS)
+    expected = from_block_0(model, sae.steer(hidden, plan, valid=is_item(TOKENS) if with_valid else None))
+    with attach(model, "blocks.0", sae, plan, valid=is_item if with_valid else None):
+        steered = model(TOKENS)
+    assert torch.equal(steered, expected)
+    assert not torch.allclose(steered, plain)
+    assert torch.equal(model(TOKENS), plain)
+
+
+@pytest.mark.parametrize("mode", ["delta", "reconstruct"])
+@torch.no_grad()
+def test_last_is_the_last_valid_position_and_the_rest_keeps_its_bits(model: Model, sae: Any, mode: Any) -> None:
+    plain = through_block_0(model, TOKENS)
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS, mode=mode, positions="last"), valid=is_item) as handle:
+        seen: list[Tensor] = []
+        model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        model(TOKENS)
+        handle.update(SteeringPlan(EDITS, mode=mode, positions="all"))
+        model(TOKENS)
+    last, everywhere = seen
+    steered = torch.zeros(TOKENS.shape, dtype=torch.bool)
+    steered[[0, 1, 2], [4, 2, 0]] = True  # the fourth row is all padding
+    assert same_bits(last[~steered], plain[~steered])
+    assert (last[steered] != plain[steered]).any(-1).all()
+    assert same_bits(everywhere[TOKENS == 0], plain[TOKENS == 0])
+    assert (everywhere[TOKENS != 0] != plain[TOKENS != 0]).any(-1).all()
+    assert torch.equal(everywhere[steered], last[steered])
+
+
+@torch.no_grad()
+def test_padding_on_the_left_needs_no_mask_for_last(model: Model, sae: SparseAutoencoder) -> None:
+    left = TOKENS[:3].flip(1)
+    plan = SteeringPlan(EDITS, positions="last")
+    plain = through_block_0(model, left)
+    with attach(model, "blocks.0", sae, plan):
+        by_default = through_block_0(model, left)
+    with attach(model, "blocks.0", sae, plan, valid=is_item):
+        expected = model(left)
+    assert same_bits(by_default[:, :-1], plain[:, :-1])
+    assert (by_default[:, -1] != plain[:, -1]).any(-1).all()
+    assert torch.equal(from_block_0(model, by_default), expected)
+
+
+@torch.no_grad()
+def test_mask_of_positions(model: Model, sae: SparseAutoencoder) -> None:
+    mask = torch.zeros(TOKENS.shape, dtype=torch.bool)
+    mask[0, 1] = mask[1, 0] = mask[1, 4] = True
+    plain = through_block_0(model, TOKENS)
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions=mask)) as handle:
+        steered = through_block_0(model, TOKENS)
+        assert torch.equal((steered != plain).any(-1), mask)
+        other = mask.roll(1, 0)
+        handle.update(SteeringPlan(EDITS, positions=other))
+        assert torch.equal((through_block_0(model, TOKENS) != plain).any(-1), other)
+        assert mask.sum() == 3  # the caller's mask was not written to
+        with pytest.raises(ValueError, match=r"positions: expected a mask of shape \(3, 5\), got \(4, 5\)"):
+            through_block_0(model, TOKENS[:3])
+
+
+@pytest.mark.parametrize("site", ["blocks.0", ""])
+def test_empty_plan_changes_no_bit(model: Model, site: str) -> None:
+    sae = make_sae(mean=0.3) if site else SparseAutoencoder(5, 7)
+    with torch.no_grad():
+        model.embedding.weight[1, ::2] = -0.0
+        plain = model(TOKENS)
+        with attach(model, site, sae, SteeringPlan(), valid=is_item):
+            assert same_bits(model(TOKENS), plain)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "tuple", "list", "named"])
+@torch.no_grad()
+def test_output_layouts(layout: str, sae: SparseAutoencoder) -> None:
+    model = make_model(layout)
+    plan = SteeringPlan(EDITS)
+    hidden = through_block_0(model, TOKENS)
+    plain = model.blocks[1](hidden)
+    with attach(model, "blocks.1", sae, plan):
+        steered = model.blocks[1](hidden)
+    assert type(steered) is type(plain)
+    if layout == "tensor":
+        plain, steered = (plain,), (steered,)
+    index = {"tensor": 0, "tuple": 1, "list": 2, "named": 0}[layout]
+    for number, (before, after) in enumerate(zip(plain, steered, strict=True)):
+        assert torch.equal(after, sae.steer(before, plan) if number == index else before)
+
+
+@pytest.mark.parametrize("plan", [SteeringPlan(), SteeringPlan(EDITS), SteeringPlan(mode="reconstruct")], ids=repr)
+@torch.no_grad()
+def test_output_is_fresh_and_the_modules_own_is_not_written(sae: SparseAutoencoder, plan: SteeringPlan) -> None:
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    with attach(model, "0", sae, plan):
+        out = model(x)
+        assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        out.zero_()  # as libraries do with what a layer returned
+    assert torch.equal(x, kept)
+
+
+@torch.no_grad()
+def test_module_instead_of_path_and_keyword_calls(model: Model, sae: SparseAutoencoder) -> None:
+    plan = SteeringPlan(EDITS, positions="last")
+    with attach(model, model.blocks[0], sae, plan, valid=is_item) as by_module:
+        assert by_module.site == "blocks.0"
+        expected = model(TOKENS)
+    with attach(model, "blocks.0", sae, plan, valid=is_item):
+        assert torch.equal(model(tokens=TOKENS, fail=False), expected)
+
+
+@torch.no_grad()
+def test_handles_nest_in_the_order_of_attaching(model: Model, sae: SparseAutoencoder) -> None:
+    other = make_sae(TopK(3), std=0.5)
+    set_plan, scale_plan = SteeringPlan([Edit(2, "set", 4.0)], positions="last"), SteeringPlan([Edit(2, "scale", 3.0)])
+    plain = model(TOKENS)
+    hidden = through_block_0(model, TOKENS)
+    valid = is_item(TOKENS)
+    once = sae.steer(hidden, set_plan, valid=valid)
+    with attach(model, "blocks.0", sae, set_plan, valid=is_item):
+        with attach(model, "blocks.0", other, scale_plan, valid=is_item):
+            assert torch.equal(model(TOKENS), from_block_0(model, other.steer(once, scale_plan, valid=valid)))
+        assert torch.equal(model(TOKENS), from_block_0(model, once))
+    assert torch.equal(model(TOKENS), plain)
+    outer = attach(model, "blocks.0", sae, set_plan, valid=is_item)
+    inner = attach(model, "blocks.0", other, scale_plan, valid=is_item)
+    outer.detach()  # in any order
+    assert torch.equal(model(TOKENS), from_block_0(model, other.steer(hidden, scale_plan, valid=valid)))
+    inner.detach()
+
+
+@torch.no_grad()
+def test_two_handles_on_the_model_itself(sae: SparseAutoencoder) -> None:
+    model = nn.Sequential(nn.Embedding(10, WIDTH))
+    plan = SteeringPlan(EDITS, positions="last")
+    valid = is_item(TOKENS)
+    expected = sae.steer(sae.steer(model(TOKENS), plan, valid=valid), plan, valid=valid)
+    with attach(model, "", sae, plan, valid=is_item), attach(model, model, sae, plan, valid=is_item):
+        assert torch.equal(model(TOKENS), expected)
+
+
+def test_detach_twice_leaves_nothing_behind(model: Model, sae: SparseAutoencoder) -> None:
+    state = list(model.state_dict())
+    before = n_hooks(model)
+    handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item)
+    assert n_hooks(model) > before
+    assert list(model.state_dict()) == state
+    assert handle.attached
+    handle.detach()
+    handle.detach()
+    assert not handle.attached
+    assert n_hooks(model) == before
+    for use in (handle.__enter__, lambda: handle.update(SteeringPlan())):
+        with pytest.raises(RuntimeError, match="detached"):
+            use()
+
+
+def test_an_error_in_the_block_or_in_the_forward_pass_leaves_nothing_behind(model: Model, sae: Any) -> None:
+    from saerec_fast.steering.attach import _running
+
+    plain = model(TOKENS)
+    with (
+        pytest.raises(RuntimeError, match="asked to"),
+        attach(model, "blocks.1", sae, SteeringPlan(EDITS), valid=is_item),
+    ):
+        model(TOKENS, fail=True)
+    assert n_hooks(model) == 0
+    assert _running.masks == ()
+    assert torch.equal(model(TOKENS), plain)
+    handle = attach(model, "blocks.1", sae, SteeringPlan(EDITS, positions="last"), valid=is_item)
+    expected = model(TOKENS)
+    with pytest.raises(RuntimeError, match="asked to"):
+        model(TOKENS.flip(1), fail=True)
+    assert torch.equal(model(TOKENS), expected)  # not the mask of the call that failed
+    with pytest.raises(RuntimeError, match="valid"):
+        model.blocks[1](through_block_0(model, TOKENS))
+    handle.detach()
+
+
+def test_a_handle_dies_with_its_model(sae: SparseAutoencoder) -> None:
+    import weakref
+
+    handle = attach(make_model(), "blocks.0", sae, SteeringPlan(EDITS))
+    gone = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert gone() is None
+
+
+@torch.no_grad()
+def test_a_copy_of_a_steered_model_is_steered_on_its_own(model: Model, sae: SparseAutoencoder) -> None:
+    plain = model(TOKENS)
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item) as handle:
+        steered = model(TOKENS)
+        twin = copy.deepcopy(model)
+        handle.update(strengths=[0.0, 0.0, 1.0, 0.0])
+        assert torch.equal(twin(TOKENS), steered)
+    assert torch.equal(model(TOKENS), plain)
+    assert torch.equal(twin(TOKENS), steered)
+
+
+@torch.no_grad()
+def test_strengths_replace_the_values(model: Model, sae: SparseAutoencoder) -> None:
+    plan = SteeringPlan([Edit(2, "set", 4.0), Edit(5, "add", 1.0)])
+    expected = {}
+    for strengths in ((1.0, 2.0), (3.0, -1.0)):
+        edits = [Edit(edit.feature, edit.op, value) for edit, value in zip(plan.edits, strengths, strict=True)]
+        with attach(model, "blocks.0", sae, SteeringPlan(edits)):
+            expected[strengths] = model(TOKENS)
+    given = torch.tensor([1.0, 2.0])
+    with attach(model, "blocks.0", sae, plan, strengths=given) as handle:
+        assert torch.equal(model(TOKENS), expected[1.0, 2.0])
+        address = handle.strengths.data_ptr()
+        handle.update(strengths=[3, -1])
+        assert torch.equal(model(TOKENS), expected[3.0, -1.0])
+        handle.update(SteeringPlan([Edit(2, "set", 1.0), Edit(5, "add", 2.0)]))
+        assert torch.equal(model(TOKENS), expected[1.0, 2.0])
+        assert handle.plan.values == (1.0, 2.0)
+        handle.update(plan, strengths=torch.tensor([3.0, -1.0], dtype=torch.float64))
+        assert torch.equal(model(TOKENS), expected[3.0, -1.0])
+        assert handle.strengths.data_ptr() == address
+        assert given.tolist() == [1.0, 2.0]  # the caller's tensor was not written to
+        handle.strengths.copy_(given)
+        assert torch.equal(model(TOKENS), expected[1.0, 2.0])
+
+
+@torch.no_grad()
+def test_strengths_per_row(model: Model, sae: SparseAutoencoder) -> None:
+    plan = SteeringPlan([Edit(2, "scale", 1.0), Edit(5, "add", 0.0)])
+    strengths = torch.tensor([[1.0, 0.0], [3.0, 1.0], [1.0, 2.0], [1.0, 0.0]])
+    plain = through_block_0(model, TOKENS)
+    plain[3, 0, 0] = -0.0
+    alone = []
+    for row in range(4):
+        with attach(model, "blocks.0", sae, plan, strengths=strengths[row]):
+            alone.append(through_block_0(model, TOKENS)[row])
+    with attach(model, "blocks.0", sae, plan, strengths=strengths) as handle:
+        steered = through_block_0(model, TOKENS)
+        assert torch.equal(steered, torch.stack(alone))
+        assert same_bits(steered[0], plain[0])
+        assert (steered[1:3] != plain[1:3]).any(-1).all()
+        # One row's strengths touch no other row.
+        handle.update(strengths=torch.cat([strengths[:2], torch.tensor([[9.0, 9.0]]), strengths[3:]]))
+        assert same_bits(through_block_0(model, TOKENS)[[0, 1, 3]], steered[[0, 1, 3]])
+        with pytest.raises(ValueError, match=r"strengths: expected \(3, 2\), .* got \(4, 2\)"):
+            model(TOKENS[:3])
+        handle.update(strengths=[1.0, 0.0])  # another shape
+        assert torch.equal(through_block_0(model, TOKENS[:3]), plain[:3])
+
+
+def test_rows_of_two_dimensional_hidden_states_take_strengths_of_their_own(sae: SparseAutoencoder) -> None:
+    model = nn.Sequential(nn.Identity())
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
+    plan = SteeringPlan([Edit(2, "add", 0.0)])
+    strengths = torch.tensor([[0.0], [1.0], [2.0]])
+    with attach(model, "0", sae, plan, strengths=strengths):
+        torch.testing.assert_close(model(x) - x, strengths * sae.W_dec[2])
+
+
+def test_gradients_reach_the_strengths(sae: SparseAutoencoder) -> None:
+    model = make_model().requires_grad_(False)
+    sae.requires_grad_(False)
+    plan = SteeringPlan([Edit(2, "add", 0.0), Edit(5, "set", 1.0)], positions="last")
+    strengths = torch.tensor([[0.5, 1.0]] * 4, requires_grad=True)
+    handle = attach(model, "blocks.0", sae, plan, valid=is_item, strengths=strengths)
+    assert handle.strengths is strengths
+    model(TOKENS).square().sum().backward()
+    assert strengths.grad is not None
+    gradient = strengths.grad.clone()
+    assert (gradient[:3] != 0).all()
+    assert (gradient[3] == 0).all()  # all padding
+    step = 1e-2
+    for row, column in ((0, 0), (1, 1)):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                strengths[row, column] += sign * step
+                losses.append(model(TOKENS).square().sum())
+                strengths[row, column] -= sign * step
+        torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), gradient[row, column], rtol=2e-2, atol=1e-3)
+    handle.update(strengths=torch.zeros(2))
+    assert strengths[0, 1] == 1.0  # a plain update does not write to what the caller learns
+    assert not handle.strengths.requires_grad
+    handle.detach()
+
+
+def test_strengths_that_are_learnt_in_half_precision(model: Model, sae: SparseAutoencoder) -> None:
+    strengths = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    with attach(model, "blocks.0", sae, SteeringPlan([Edit(2, "add", 0.0)]), strengths=strengths):
+        for _ in range(2):
+            model(TOKENS).sum().backward()
+    assert strengths.grad is not None
+    assert strengths.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_other_types(dtype: torch.dtype) -> None:
+    model, sae = make_model().to(dtype), make_sae(dtype=dtype)
+    plan = SteeringPlan(EDITS)
+    hidden = through_block_0(model, TOKENS)
+    with attach(model, "blocks.0", sae, plan) as handle:
+        steered = through_block_0(model, TOKENS)
+        handle.update(strengths=torch.tensor([plan.values] * 4))
+        assert torch.equal(through_block_0(model, TOKENS), steered)
+    assert steered.dtype == dtype
+    exact = make_sae(dtype=torch.float64)
+    exact.load_state_dict(sae.state_dict())
+    error = (steered.double() - exact.steer(hidden.double(), plan)).abs().max()
+    assert error <= 40 * torch.finfo(dtype).eps
+
+
+def test_inference_mode(model: Model, sae: SparseAutoencoder) -> None:
+    with torch.inference_mode():
+        given = torch.tensor([1.0, 2.0, 0.5, 0.0])
+        mask = TOKENS != 0
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions=mask), strengths=given)
+        inside = model(TOKENS)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), inside)
+    # What was made inside can be written to outside.
+    handle.update(SteeringPlan(EDITS, positions=~mask), strengths=[0.0] * 4)
+    model(TOKENS).sum().backward()
+    with torch.inference_mode():
+        handle.update(strengths=given)
+        handle.update(SteeringPlan(EDITS, positions=TOKENS != 0), strengths=given)
+        assert torch.equal(model(TOKENS), inside)
+    handle.detach()
+
+
+def test_threads_do_not_see_each_others_masks(sae: SparseAutoencoder) -> None:
+    """Two forward passes that overlap in time: each waits inside for the other."""
+    model = make_model()
+    plan = SteeringPlan(EDITS, positions="last")
+    batches = [TOKENS[:2], TOKENS[:2].flip(1)]
+    barrier = threading.Barrier(2, timeout=20)
+    results: list[Any] = [None, None]
+    with attach(model, "blocks.1", sae, plan, valid=is_item), torch.no_grad():
+        expected = [model(batch) for batch in batches]
+
+        def wait(*_: Any) -> None:
+            barrier.wait()
+
+        waits = model.blocks[0].register_forward_hook(wait)
+
+        def run(number: int) -> None:
+            with torch.no_grad():
+                results[number] = model(batches[number])
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        waits.remove()
+    assert not torch.equal(expected[0], expected[1])
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+class TestCompiled:
+    """The hook inside a compiled graph; ``backend`` counts graphs and runs them as they are."""
+
+    graphs: int
+
+    def backend(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+    def compile(self, model: Any) -> Any:
+        self.graphs = 0
+        return torch.compile(model, backend=self.backend, fullgraph=True)
+
+    @pytest.mark.parametrize("mode", ["delta", "reconstruct"])
+    @pytest.mark.parametrize("positions", ["all", "last", "mask"])
+    @torch.no_grad()
+    def test_follows_updates_without_compiling_again(self, model: Model, mode: Any, positions: Any) -> None:
+        sae = make_sae(TopK(4), mean=0.3, std=1.7)
+        if positions == "mask":
+            positions = TOKENS > 2
+        valid = None if isinstance(positions, Tensor) else is_item
+        plain = model(TOKENS)
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS, mode=mode, positions=positions), valid=valid)
+        twin = copy.deepcopy(model)
+        compiled = self.compile(model)
+        first = compiled(TOKENS)
+        torch.testing.assert_close(first, twin(TOKENS))
+        assert not torch.allclose(first, plain)
+        graphs = self.graphs
+        handle.update(strengths=[0.5, -2.0, 3.0, 1.0])
+        second = compiled(TOKENS)
+        assert not torch.allclose(second, first)
+        torch.testing.assert_close(second, model(TOKENS))
+        edits = [Edit(edit.feature, edit.op, 0.25) for edit in EDITS]
+        shifted = positions.roll(1, 0) if isinstance(positions, Tensor) else positions
+        handle.update(SteeringPlan(edits, mode=mode, positions=shifted))
+        third = compiled(TOKENS)
+        assert not torch.allclose(third, second)
+        torch.testing.assert_close(third, model(TOKENS))
+        assert self.graphs == graphs
+        handle.update(SteeringPlan([Edit(4, "set", 6.0)], mode=mode, positions=positions))
+        torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
+        handle.detach()
+        assert torch.equal(compiled(TOKENS), plain)
+
+    @torch.no_grad()
+    def test_is_one_graph_inside_a_compiled_function(self, model: Model, sae: SparseAutoencoder) -> None:
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions="last"), valid=is_item):
+            expected = model(TOKENS)
+            serve = self.compile(lambda tokens: model(tokens).softmax(-1))
+            torch.testing.assert_close(serve(TOKENS), expected.softmax(-1))
+            assert self.graphs == 1
+            with torch.inference_mode():
+                torch.testing.assert_close(serve(TOKENS), expected.softmax(-1))
+
+    @torch.no_grad()
+    def test_strengths_per_row(self, model: Model, sae: SparseAutoencoder) -> None:
+        strengths = torch.rand(4, 4, generator=torch.Generator().manual_seed(2))
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item, strengths=strengths) as handle:
+            compiled = self.compile(model)
+            torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
+            graphs = self.graphs
+            handle.update(strengths=strengths.flip(0))
+            torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
+            assert self.graphs == graphs
+
+    @torch.no_grad()
+    def test_in_several_threads(self, model: Model, sae: SparseAutoencoder) -> None:
+        batches = [TOKENS, TOKENS.flip(1), TOKENS.flip(0)]
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions="last"), valid=is_item):
+            expected = [model(batch) for batch in batches]
+            compiled = self.compile(model)
+            results: list[Any] = [None] * len(batches)
+
+            def run(number: int) -> None:
+                with torch.no_grad():
+                    results[number] = compiled(batches[number])
+
+            threads = [threading.Thread(target=run, args=(number,)) for number in range(len(batches))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted)
+
+    # torch looks at .grad of every tensor that enters a compiled function.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+    def test_gradients_reach_the_strengths(self, model: Model, sae: SparseAutoencoder) -> None:
+        strengths = torch.tensor([0.5, 0.0, 1.0, 1.0], requires_grad=True)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item, strengths=strengths):
+            (eager,) = torch.autograd.grad(model(TOKENS).square().sum(), strengths)
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            (traced,) = torch.autograd.grad(compiled(TOKENS).square().sum(), strengths)
+        torch.testing.assert_close(traced, eager)
+
+    def test_attaching_later_is_an_error(self, model: Model, sae: SparseAutoencoder) -> None:
+        compiled = self.compile(model)
+        for target, site in ((compiled, "blocks.0"), (compiled, "_orig_mod.blocks.0"), (model, "blocks.0")):
+            with pytest.raises(ValueError, match="not compiled yet"):
+                attach(target, site, sae, SteeringPlan(EDITS))
+        assert n_hooks(model) == 0
+        del compiled, target
+        # The wrapper is gone: nobody is left who would ignore the hook.
+        attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()
+
+    @pytest.mark.parametrize("where", ["", "blocks.0", "blocks.0.mlp"])
+    def test_compiled_in_place(self, model: Model, sae: SparseAutoencoder, where: str) -> None:
+        model.get_submodule(where).compile(backend="eager")
+        if where == "blocks.0.mlp":
+            attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()  # compiled code inside the site is fine
+        with pytest.raises(ValueError, match="not compiled yet"):
+            attach(model, "blocks.0.mlp", sae, SteeringPlan(EDITS))
+
+    def test_compiled_part_of_a_model(self, model: Model, sae: SparseAutoencoder) -> None:
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+        with pytest.raises(ValueError, match="not compiled yet"):
+            attach(model, "blocks.0._orig_mod.mlp", sae, SteeringPlan(EDITS))
+        attach(model, "blocks.1", sae, SteeringPlan(EDITS)).detach()
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("site", "message"),
+        [
+            ("blocks.00", r"no module 'blocks.00'; near matches: .*blocks\.0"),
+            ("blocks.0.attention", r"near matches|blocks\.0 has: blocks\.0\.mlp"),
+            ("qqqqqq", "it has: embedding, blocks, head"),
+            ("blocks", "ModuleList, which is never called"),
+        ],
+    )
+    def test_unknown_site(self, model: Model, sae: SparseAutoencoder, site: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            attach(model, site, sae, SteeringPlan(EDITS))
+
+    def test_module_of_another_model(self, model: Model, sae: SparseAutoencoder) -> None:
+        with pytest.raises(ValueError, match="expected a module of Model, got another Block"):
+            attach(model, make_model().blocks[0], sae, SteeringPlan(EDITS))
+
+    def test_unknown_feature(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan([Edit(N_FEATURES, "set", 1.0)])
+        with pytest.raises(ValueError, match=r"feature.*23, got 24"):
+            attach(model, "blocks.0", sae, plan)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)) as handle:
+            before = model(TOKENS)
+            with pytest.raises(ValueError, match=r"feature.*23, got 24"):
+                handle.update(plan)
+            assert torch.equal(model(TOKENS), before)
+        assert n_hooks(model) == 0
+
+    @pytest.mark.parametrize(
+        ("strengths", "error", "message"),
+        [
+            ([1.0, 2.0], ValueError, r"expected shape \(4,\) or \(B, 4\).*got \(2,\)"),
+            (torch.ones(4, 3), ValueError, r"got \(4, 3\)"),
+            (torch.ones(2, 5, 4), ValueError, r"got \(2, 5, 4\)"),
+            (torch.tensor(1.0), ValueError, r"got \(\)"),
+            ([1.0, 2.0, float("nan"), 0.0], ValueError, "finite"),
+            (torch.tensor([1.0, 2.0, float("inf"), 0.0]), ValueError, "finite"),
+            (torch.tensor([1.0, 2.0, float("inf"), 0.0], requires_grad=True), ValueError, "finite"),
+            (torch.ones(4, dtype=torch.bool), TypeError, "bool"),
+            (torch.ones(4, dtype=torch.complex64), TypeError, "complex"),
+            ("four", TypeError, "expected numbers"),
+            ([[1.0], [1.0, 2.0]], TypeError, "expected numbers"),
+        ],
+    )
+    def test_strengths(self, model: Model, sae: Any, strengths: Any, error: Any, message: str) -> None:
+        plan = SteeringPlan(EDITS)
+        with pytest.raises(error, match=f"strengths: .*{message}"):
+            attach(model, "blocks.0", sae, plan, strengths=strengths)
+        with attach(model, "blocks.0", sae, plan) as handle:
+            for update in ({"strengths": strengths}, {"plan": SteeringPlan(EDITS[::-1]), "strengths": strengths}):
+                with pytest.raises(error, match="strengths: "):
+                    handle.update(**update)
+            assert handle.plan is plan
+            assert handle.strengths.tolist() == list(plan.values)
+
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [("model", "gpt2"), ("site", 3), ("sae", nn.Linear(3, 3)), ("plan", [Edit(0, "set", 1.0)]), ("valid", "mask")],
+    )
+    def test_wrong_types(self, model: Model, sae: SparseAutoencoder, argument: str, value: Any) -> None:
+        arguments: dict[str, Any] = {"model": model, "site": "blocks.0", "sae": sae, "plan": SteeringPlan()}
+        with pytest.raises(TypeError, match=f"{argument}: expected"):
+            attach(**{**arguments, argument: value})
+
+    def test_nothing_to_update(self, model: Model, sae: SparseAutoencoder) -> None:
+        with (
+            attach(model, "blocks.0", sae, SteeringPlan(EDITS)) as handle,
+            pytest.raises(ValueError, match="got neither"),
+        ):
+            handle.update()
+
+    def test_wrong_width(self, model: Model) -> None:
+        plan = SteeringPlan([Edit(0, "set", 1.0)])
+        with (
+            attach(model, "blocks.0", SparseAutoencoder(6, 12), plan),
+            pytest.raises(ValueError, match=r"'blocks.0' returned shape \(4, 5, 8\), expected \(\.\.\., 6\)"),
+        ):
+            model(TOKENS)
+
+    @pytest.mark.parametrize(("layout", "got"), [("dict", "dict"), ("narrow", r"tuple\(torch.float32 \(4")])
+    def test_no_hidden_state_in_the_output(self, sae: SparseAutoencoder, layout: str, got: str) -> None:
+        model = make_model(layout)
+        with (
+            attach(model, "blocks.1", sae, SteeringPlan(EDITS)),
+            pytest.raises(TypeError, match=rf"'blocks.1' to return a tensor \(\.\.\., 8\).*got {got}"),
+        ):
+            model(TOKENS)
+
+    def test_valid_of_a_model_that_is_not_called(self, model: Model, sae: SparseAutoencoder) -> None:
+        with (
+            attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item),
+            pytest.raises(RuntimeError, match=r"valid: site 'blocks.0' ran outside a forward pass"),
+        ):
+            through_block_0(model, TOKENS)
+
+    @pytest.mark.parametrize(
+        ("valid", "error", "message"),
+        [
+            (lambda tokens: tokens, TypeError, r"expected a bool mask \(4, 5\), got torch.int64"),
+            (lambda tokens: None, TypeError, ".*got NoneType"),
+            (lambda tokens: tokens[:, 1:] != 0, ValueError, r"expected a mask \(4, 5\).*got \(4, 4\)"),
+        ],
+    )
+    def test_valid_must_return_a_mask(self, model: Model, sae: Any, valid: Any, error: Any, message: str) -> None:
+        with (
+            attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=valid),
+            pytest.raises(error, match=f"valid: {message}"),
+        ):
+            model(TOKENS)
+
+    def test_last_of_rows_without_a_sequence(self, sae: SparseAutoencoder) -> None:
+        model = nn.Sequential(nn.Identity())
+        with (
+            attach(model, "0", sae, SteeringPlan(EDITS, positions="last")),
+            pytest.raises(ValueError, match=r"'last' needs hidden states \(B, L, d\)"),
+        ):
+            model(torch.zeros(3, WIDTH))
+
+    def test_sae_without_an_inference_threshold(self, model: Model) -> None:
+        with pytest.raises(ValueError, match="BatchTopK needs a threshold"):
+            attach(model, "blocks.0", make_sae(BatchTopK(4)), SteeringPlan(EDITS))
+
+    def test_scripted_model(self, sae: SparseAutoencoder) -> None:
+        scripted = nn.Sequential(nn.Identity())
+        scripted.__class__ = type("ScriptModule", (nn.Sequential, torch.jit.ScriptModule), {})
+        with pytest.raises(ValueError, match="expected a plain module, got ScriptModule"):
+            attach(scripted, "0", sae, SteeringPlan(EDITS))
+
+
+@torch.no_grad()
+def test_empty_batch(model: Model, sae: SparseAutoencoder) -> None:
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions="last"), valid=is_item):
+        assert model(TOKENS[:0]).shape == (0, 5, 5)
+
+
+def test_functional_call(model: Model, sae: SparseAutoencoder) -> None:
+    weights = {name: weight * 2 for name, weight in model.state_dict().items()}
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item):
+        called = torch.func.functional_call(model, weights, (TOKENS,))
+        model.load_state_dict(weights)
+        assert torch.equal(called, model(TOKENS))
+
+
+def test_repr(model: Model, sae: SparseAutoencoder) -> None:
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions=TOKENS != 0)) as handle:
+        assert isinstance(handle, SteeringHandle)
+        assert repr(handle) == (
+            "SteeringHandle(site='blocks.0', edits=4, mode='delta', positions='mask', attached=True)"
+        )
