@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -27,6 +28,11 @@ class Edit:
         op: ``set`` (a' = value), ``add`` (a' = a + value), ``scale`` (a' = value · a), ``clamp_min``
             (a' = max(a, value)) or ``clamp_max`` (a' = min(a, value)).
         value: the strength, finite, in units of the activation (``scale``: a factor).
+
+    Numbers of numpy are taken too, and kept as Python's.
+
+    Raises:
+        ValueError: a value outside its range, or of the wrong type.
     """
 
     feature: int
@@ -34,18 +40,28 @@ class Edit:
     value: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.feature, int) or isinstance(self.feature, bool) or self.feature < 0:
-            raise ValueError(f"feature: expected an integer >= 0, got {self.feature!r}")
+        feature, value = self.feature, self.value
+        if not isinstance(feature, numbers.Integral) or isinstance(feature, bool) or feature < 0:
+            raise ValueError(f"feature: expected an integer >= 0, got {feature!r}")
         if self.op not in OPS:
             raise ValueError(f"op: expected one of {', '.join(OPS)}, got {self.op!r}")
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
-            raise ValueError(f"value: expected a finite number, got {self.value!r}")
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_finite(value):
+            raise ValueError(f"value: expected a finite number, got {value!r}")
+        object.__setattr__(self, "feature", int(feature))
+        object.__setattr__(self, "value", float(value))
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes, ready for json."""
         return {"feature": self.feature, "op": self.op, "value": self.value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Edit:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: unknown or missing keys, or a value out of range.
+            TypeError: not a mapping.
+        """
         _check_keys("edit", data, required={"feature", "op", "value"})
         return cls(**data)
 
@@ -60,6 +76,10 @@ class SteeringPlan:
             it and an empty plan changes no bit; ``reconstruct`` replaces the hidden state by ``a' W_dec + b_dec``.
         positions: ``all``, ``last`` (each sequence's last valid position), or a bool tensor with the
             leading shape of the hidden states.
+
+    Raises:
+        ValueError: an unknown mode or name of positions.
+        TypeError: an entry that is no :class:`Edit`, or a mask that is not bool.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -81,7 +101,7 @@ class SteeringPlan:
         if isinstance(positions, Tensor):
             if positions.dtype != torch.bool:
                 raise TypeError(f"positions: expected a bool mask, got {positions.dtype}")
-        elif positions not in ("all", "last"):
+        elif not isinstance(positions, str) or positions not in ("all", "last"):
             raise ValueError(f"positions: expected 'all', 'last' or a bool mask, got {positions!r}")
         object.__setattr__(self, "edits", edits)
         object.__setattr__(self, "mode", mode)
@@ -96,6 +116,7 @@ class SteeringPlan:
         return tuple(edit.value for edit in self.edits)
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes, ready for json; a mask becomes nested lists of bools."""
         positions = self.positions.tolist() if isinstance(self.positions, Tensor) else self.positions
         return {"edits": [edit.to_dict() for edit in self.edits], "mode": self.mode, "positions": positions}
 
@@ -105,23 +126,52 @@ class SteeringPlan:
 
         Raises:
             ValueError: unknown or missing keys, or a value out of range.
+            TypeError: an entry of the wrong type.
         """
         _check_keys("plan", data, required={"edits"}, optional={"mode", "positions"})
-        positions = data.get("positions", "all")
+        edits, positions = data["edits"], data.get("positions", "all")
+        if not isinstance(edits, (list, tuple)):
+            raise TypeError(f"edits: expected a list, got {type(edits).__name__}")
         if not isinstance(positions, str):
-            positions = torch.tensor(positions, dtype=torch.bool)
-        edits = [Edit.from_dict(edit) for edit in data["edits"]]
-        return cls(edits, mode=data.get("mode", "delta"), positions=positions)
+            positions = _mask_from_lists(positions)
+        return cls([Edit.from_dict(edit) for edit in edits], mode=data.get("mode", "delta"), positions=positions)
 
     def to_json(self) -> str:
+        """:meth:`to_dict` as json text."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> SteeringPlan:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: no valid json, and as :meth:`from_dict`.
+            TypeError: as :meth:`from_dict`.
+        """
         return cls.from_dict(json.loads(text))
 
 
-def _check_keys(what: str, data: Mapping[str, Any], required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def _mask_from_lists(lists: Any) -> Tensor:
+    # Converted without a dtype: with one, any number would pass for a bool.
+    try:
+        mask = torch.tensor(lists)
+    except (TypeError, ValueError, RuntimeError):
+        mask = None
+    if mask is None or (mask.dtype != torch.bool and mask.numel()):
+        raise TypeError(f"positions: expected 'all', 'last' or nested lists of bools, got {lists!r}")
+    return mask.bool()
+
+
+def _check_keys(
+    what: str, data: Mapping[str, Any], required: set[str], optional: set[str] | frozenset[str] = frozenset()
+) -> None:
     if not isinstance(data, Mapping):
         raise TypeError(f"{what}: expected a mapping, got {type(data).__name__}")
     unknown = set(data) - required - optional

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,9 @@ class SparseFeatures(NamedTuple):
         order = torch.argsort(rows * self.n_features + columns)
         counts = torch.bincount(rows, minlength=self.n_rows)
         crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return torch.sparse_csr_tensor(
-            crow, columns[order], values[order], size=(self.n_rows, self.n_features), check_invariants=True
-        )
+        with warnings.catch_warnings():
+            # torch says once per process that its CSR support is in beta; who asked for CSR has decided that already.
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            return torch.sparse_csr_tensor(
+                crow, columns[order], values[order], size=(self.n_rows, self.n_features), check_invariants=True
+            )
