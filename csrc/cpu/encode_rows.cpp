@@ -7,6 +7,7 @@
 #include <functional>
 #include <limits>
 #include <new>
+#include <vector>
 
 #include "parallel.h"
 
@@ -80,32 +81,15 @@ float key_value(uint64_t key) {
 
 uint32_t key_feature(uint64_t key) { return ~static_cast<uint32_t>(key); }
 
-void cut_candidates(TopKCandidates& candidates, int64_t row) {
-  const int64_t count = candidates.counts[row];
-  const int64_t k = candidates.k;
-  if (count < k) return;
-  float* values = candidates.values + row * candidates.capacity;
-  uint32_t* features = candidates.features + row * candidates.capacity;
-  uint64_t* keys = candidates.keys;
-  for (int64_t i = 0; i < count; ++i) keys[i] = candidate_key(values[i], features[i]);
-  std::nth_element(keys, keys + (k - 1), keys + count, std::greater<uint64_t>());
-  for (int64_t i = 0; i < k; ++i) {
+void sort_candidates(float* values, uint32_t* features, int64_t count) {
+  std::vector<uint64_t> keys;
+  keys.reserve(static_cast<std::size_t>(count));
+  for (int64_t i = 0; i < count; ++i) keys.push_back(candidate_key(values[i], features[i]));
+  std::sort(keys.begin(), keys.end(), std::greater<uint64_t>());
+  for (int64_t i = 0; i < count; ++i) {
     values[i] = key_value(keys[i]);
     features[i] = key_feature(keys[i]);
   }
-  candidates.counts[row] = k;
-  candidates.thresholds[row] = key_value(keys[k - 1]);
-}
-
-int64_t sorted_keys(const TopKCandidates& candidates, int64_t row, uint64_t* keys) {
-  const int64_t count = candidates.counts[row];
-  const int64_t kept = std::min(count, candidates.k);
-  const float* values = candidates.values + row * candidates.capacity;
-  const uint32_t* features = candidates.features + row * candidates.capacity;
-  for (int64_t i = 0; i < count; ++i) keys[i] = candidate_key(values[i], features[i]);
-  if (kept < count) std::nth_element(keys, keys + kept, keys + count, std::greater<uint64_t>());
-  std::sort(keys, keys + kept, std::greater<uint64_t>());
-  return kept;
 }
 
 TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
@@ -121,7 +105,7 @@ TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const 
   candidates.features = scratch.features.get<uint32_t>(x.rows * candidates.capacity);
   candidates.counts = scratch.counts.get<int64_t>(x.rows);
   candidates.thresholds = scratch.thresholds.get<float>(x.rows);
-  candidates.keys = scratch.keys.get<uint64_t>(candidates.capacity);
+  candidates.keys = scratch.keys.get<int32_t>(candidates.capacity);
   std::fill_n(candidates.counts, x.rows, int64_t{0});
   std::fill_n(candidates.thresholds, x.rows, std::numeric_limits<float>::quiet_NaN());
   if (exclude_offsets != nullptr) {
@@ -131,6 +115,7 @@ TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const 
     std::fill_n(task.exclude_cursor, x.rows, int64_t{0});
   }
   active_kernels().sweep_topk(task);
+  for (int64_t r = 0; r < x.rows; ++r) active_kernels().finish_topk(candidates, r);
   return candidates;
 }
 

@@ -27,8 +27,8 @@ struct EncoderWeights {
 // Rows [row_begin, row_begin + rows) of x.
 Matrix row_range(const Matrix& x, int64_t row_begin, int64_t rows);
 
-// The top-k candidates of a chunk over features [begin, end), cut back to at most k a row; valid until the scratch is used
-// again. exclude_offsets point at the chunk's first row.
+// The best (at most k) of each row of a chunk over features [begin, end), in final order; valid until the scratch is
+// used again. exclude_offsets point at the chunk's first row.
 TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
                                 int64_t end, int64_t k, const int64_t* exclude_offsets, const int64_t* exclude_ids);
 
@@ -36,9 +36,6 @@ TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const 
 uint64_t candidate_key(float value, uint32_t feature);
 float key_value(uint64_t key);
 uint32_t key_feature(uint64_t key);
-
-// Keys of one row's candidates in final order, at most k; returns how many. `keys` has room for all candidates.
-int64_t sorted_keys(const TopKCandidates& candidates, int64_t row, uint64_t* keys);
 
 // The entries of a chunk over features [begin, end) above their threshold, in the scratch's log.
 const ThresholdLog& sweep_threshold_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,

@@ -18,7 +18,7 @@
 #endif
 
 #define SAEREC_TIER_KERNELS(tier)                                                                                \
-  {tier::sweep_topk, tier::sweep_threshold, tier::sweep_dense, tier::decode_rows, tier::dot_rows, tier::sum_groups}
+  {tier::sweep_topk, tier::finish_topk, tier::sweep_threshold, tier::sweep_dense, tier::decode_rows, tier::dot_rows, tier::sum_groups}
 
 namespace saerec {
 

@@ -23,11 +23,11 @@ struct TopKCandidates {
   float* thresholds = nullptr;   // (rows)
   int64_t capacity = 0;
   int64_t k = 0;
-  uint64_t* keys = nullptr;  // (capacity) scratch
+  int32_t* keys = nullptr;       // (capacity) scratch
 };
 
-// Cuts the candidates of one row back to its k best (in no order) and raises its threshold.
-void cut_candidates(TopKCandidates& candidates, int64_t row);
+// Sorts pairs in descending order of value, ties by smallest feature, NaN first.
+void sort_candidates(float* values, uint32_t* features, int64_t count);
 
 // Entries found by a threshold sweep, in feature-block order; grows as needed.
 struct ThresholdLog {
@@ -107,6 +107,8 @@ struct GroupedSumTask {
 
 struct Kernels {
   void (*sweep_topk)(TopKSweep&);
+  // Leaves the best (at most k) candidates of a row in their final order.
+  void (*finish_topk)(TopKCandidates&, int64_t row);
   void (*sweep_threshold)(ThresholdSweep&);
   void (*sweep_dense)(DenseSweep&);
   void (*decode_rows)(const DecodeTask&);

@@ -14,13 +14,15 @@
 namespace saerec {
 namespace {
 
-void write_row(const LinearTopKParams& params, int64_t row, const uint64_t* keys, int64_t count) {
+void write_row(const LinearTopKParams& params, int64_t row, const float* values, const uint32_t* features,
+               int64_t count) {
   for (int64_t i = 0; i < params.k; ++i) {
     float value = -std::numeric_limits<float>::infinity();
     int64_t feature = -1;
     if (i < count) {
-      value = key_value(keys[i]);
-      feature = key_feature(keys[i]);
+      // The same bits on every path: merging goes through keys, which know one zero and one NaN.
+      value = key_value(candidate_key(values[i], 0));
+      feature = features[i];
     }
     if (params.relu && value < 0.0f) value = 0.0f;
     store_element(params.x.dtype, params.values, row * params.k + i, value);
@@ -71,22 +73,26 @@ void linear_topk(const LinearTopKParams& params) {
     const int64_t row_count = std::min(partition.chunk_rows, rows - row_begin);
     const int64_t begin = segment * partition.segment_features;
     const int64_t end = std::min(begin + partition.segment_features, n);
-    TopKCandidates candidates = sweep_topk_chunk(
+    const TopKCandidates candidates = sweep_topk_chunk(
         thread_encoder_scratch(), row_range(params.x, row_begin, row_count), weights, begin, end, k,
         params.exclude_offsets != nullptr ? params.exclude_offsets + row_begin : nullptr, exclude_ids.data());
     for (int64_t r = 0; r < row_count; ++r) {
-      const int64_t count = sorted_keys(candidates, r, candidates.keys);
+      const int64_t count = candidates.counts[r], row = row_begin + r;
+      const float* values = candidates.values + r * candidates.capacity;
+      const uint32_t* features = candidates.features + r * candidates.capacity;
       if (segments == 1) {
-        write_row(params, row_begin + r, candidates.keys, count);
-      } else {
-        const int64_t slot = (row_begin + r) * segments + segment;
-        std::copy_n(candidates.keys, count, segment_keys.begin() + slot * k);
-        segment_counts[slot] = count;
+        write_row(params, row, values, features, count);
+        continue;
       }
+      const int64_t slot = row * segments + segment;
+      for (int64_t i = 0; i < count; ++i) segment_keys[slot * k + i] = candidate_key(values[i], features[i]);
+      segment_counts[slot] = count;
     }
   });
   if (segments == 1) return;
   std::vector<uint64_t> merged;
+  std::vector<float> values;
+  std::vector<uint32_t> features;
   for (int64_t row = 0; row < rows; ++row) {
     merged.clear();
     for (int64_t slot = row * segments; slot < (row + 1) * segments; ++slot) {
@@ -95,7 +101,13 @@ void linear_topk(const LinearTopKParams& params) {
     }
     const int64_t kept = std::min<int64_t>(k, static_cast<int64_t>(merged.size()));
     std::partial_sort(merged.begin(), merged.begin() + kept, merged.end(), std::greater<uint64_t>());
-    write_row(params, row, merged.data(), kept);
+    values.clear();
+    features.clear();
+    for (int64_t i = 0; i < kept; ++i) {
+      values.push_back(key_value(merged[i]));
+      features.push_back(key_feature(merged[i]));
+    }
+    write_row(params, row, values.data(), features.data(), kept);
   }
 }
 

@@ -183,14 +183,12 @@ class ChunkSteerer {
 
   template <class Take>
   void for_each_topk_entry(const Take& take) {
-    TopKCandidates candidates = sweep_topk_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows,
+    const TopKCandidates candidates = sweep_topk_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows,
                                                  params_.k, nullptr, nullptr);
     for (int64_t r = 0; r < x_.rows; ++r) {
-      const int64_t count = sorted_keys(candidates, r, candidates.keys);
-      for (int64_t i = 0; i < count; ++i) {
-        const float value = key_value(candidates.keys[i]);
-        take(r, key_feature(candidates.keys[i]), value < 0.0f ? 0.0f : value);
-      }
+      const float* values = candidates.values + r * candidates.capacity;
+      const uint32_t* features = candidates.features + r * candidates.capacity;
+      for (int64_t i = 0; i < candidates.counts[r]; ++i) take(r, features[i], values[i] < 0.0f ? 0.0f : values[i]);
     }
   }
 

@@ -1,6 +1,7 @@
 // The three sinks of the sweep: top-k candidates, a log of what exceeds a threshold, or every score.
 // Compiled once per tier.
 #include "kernels.h"
+#include "selection-inl.h"
 #include "sweep-inl.h"
 #include "tier.inc"
 
@@ -38,7 +39,7 @@ struct TopKSink {
     if (mask == 0) return;
     TopKCandidates& candidates = task.candidates;
     if (candidates.counts[row] + kFeatureBlock > candidates.capacity) {
-      cut_candidates(candidates, row);
+      cut_to_k(candidates, row);
       mask &= entering(row, scores);
     }
     if (task.exclude_offsets != nullptr) mask &= ~excluded(row, first);
@@ -100,6 +101,8 @@ void sweep_topk(TopKSweep& task) {
   TopKSink sink{task};
   sweep(task.sweep, sink);
 }
+
+void finish_topk(TopKCandidates& candidates, int64_t row) { sort_row(candidates, row); }
 
 void sweep_threshold(ThresholdSweep& task) {
   ThresholdSink sink{task, {}};
