@@ -29,6 +29,8 @@ class RecommenderConfig:
         dropout: probability in [0, 1) on the embeddings and on the output of every attention and MLP layer.
         attention_dropout: probability in [0, 1) on the attention weights. Above 0 the fused attention of the CPU
             cannot be used in training, which makes an epoch noticeably slower.
+        item_dropout: probability in [0, 1) that an input item's whole embedding is dropped in training (its position
+            stays), so that no single item is relied on; it helps where users are few.
         initializer_range: standard deviation of the initial weights and embeddings.
 
     Raises:
@@ -40,9 +42,10 @@ class RecommenderConfig:
     n_layers: int = 2
     n_heads: int = 2
     max_length: int = 50
-    dropout: float = 0.2
+    dropout: float = 0.1
     attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    item_dropout: float = 0.2
+    initializer_range: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("n_items", "d_model", "n_layers", "n_heads", "max_length"):
@@ -50,7 +53,7 @@ class RecommenderConfig:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model: {self.d_model} is not a multiple of n_heads {self.n_heads}")
-        for name in ("dropout", "attention_dropout"):
+        for name in ("dropout", "attention_dropout", "item_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: must lie in [0, 1), got {getattr(self, name)}")
         if self.initializer_range <= 0:
@@ -133,7 +136,12 @@ class SequenceRecommender(nn.Module):
             raise ValueError(
                 f"tokens: expected (B, L) with 1 <= L <= {self.config.max_length}, got {tuple(tokens.shape)}"
             )
-        hidden = self.transformer(inputs_embeds=self.item_embedding(tokens), use_cache=False).last_hidden_state
+        embedded = self.item_embedding(tokens)
+        if self.training and self.config.item_dropout:
+            # Not rescaled: the layer norm ahead of the first block would undo it.
+            kept = torch.rand(tokens.shape, device=tokens.device) >= self.config.item_dropout
+            embedded = embedded * kept.unsqueeze(-1)
+        hidden = self.transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 from typing import Any
 
@@ -40,6 +41,17 @@ def test_scores_are_tied_to_the_item_embedding_without_padding(model: SequenceRe
     assert model.scores(hidden).shape == (5, model.config.max_length, model.config.n_items)
     torch.testing.assert_close(model.scores(hidden), expected)
     assert model.item_embeddings.data_ptr() == model.item_embedding.weight[1:].data_ptr()
+
+
+def test_item_dropout_acts_in_training_only(model: SequenceRecommender) -> None:
+    still = SequenceRecommender(dataclasses.replace(model.config, dropout=0.0, item_dropout=0.5))
+    still.load_state_dict(model.state_dict())
+    tokens = tokens_of(model)
+    assert torch.equal(still.eval()(tokens), model(tokens))
+    still.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert not torch.allclose(still(tokens), model(tokens), atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 0), (2, 9)])
@@ -97,6 +109,7 @@ def test_hidden_of_takes_tensors_tuples_and_lists() -> None:
         ("max_length", 0),
         ("dropout", 1.0),
         ("attention_dropout", -0.1),
+        ("item_dropout", 1.0),
         ("initializer_range", 0.0),
     ],
 )

@@ -28,6 +28,7 @@ from saerec_fast.recommender.training import (
     _TiedCrossEntropy,
     next_item_ndcg,
     schedule,
+    spectral_item_embeddings,
     tied_cross_entropy,
     training_batches,
     training_windows,
@@ -110,6 +111,30 @@ def test_next_item_ndcg_equals_leaving_out_each_item_of_the_last_window(
             gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
         per_user.append(np.mean(gains))
     assert next_item_ndcg(model, split.validation, batch_size=3) == pytest.approx(np.mean(per_user), rel=1e-6)
+
+
+def test_spectral_embeddings_span_the_leading_directions(split: Split) -> None:
+    data = split.train
+    table = np.zeros((data.n_users, data.n_items))
+    table[np.repeat(np.arange(data.n_users), np.diff(data.offsets)), data.items] = 1
+    table /= np.sqrt(table.sum(1, keepdims=True) * table.sum(0))
+    _, singular, right = np.linalg.svd(table, full_matrices=False)
+    expected = right[1:9].T * np.sqrt(singular[1:9])
+    expected /= np.sqrt(np.mean(expected**2))
+    got = spectral_item_embeddings(data, 8, seed=2)
+    assert got.dtype == torch.float32
+    # Signs are free; inner products are not.
+    np.testing.assert_allclose(
+        (got @ got.T).numpy(), expected @ expected.T, atol=1e-2 * np.abs(expected @ expected.T).max()
+    )
+    assert torch.equal(got, spectral_item_embeddings(data, 8, seed=2))
+
+
+def test_spectral_embeddings_fill_up_what_the_data_do_not_give(split: Split) -> None:
+    few = split.train.select_users(np.arange(3))
+    coordinates = spectral_item_embeddings(few, 8)
+    assert coordinates.isfinite().all()
+    assert torch.linalg.matrix_rank(coordinates) == 8
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
@@ -217,6 +242,8 @@ def test_wrong_arguments_are_named(split: Split, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n_items"):
         train_recommender(split, RecommenderConfig(n_items=3), tmp_path, **SETTINGS)
     right = RecommenderConfig(n_items=split.train.n_items)
+    with pytest.raises(ValueError, match="item_init"):
+        train_recommender(split, right, tmp_path, **SETTINGS, item_init="zero")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="epochs"):
         train_recommender(split, right, tmp_path, **{**SETTINGS, "epochs": 0})
 
