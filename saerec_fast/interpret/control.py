@@ -66,7 +66,9 @@ def control_curve(
     """Share of an attribute against NDCG@10 over the values of one feature.
 
     Args:
+        model: in eval mode.
         dataset: users to evaluate on.
+        sae: trained on the model's hidden states at ``site``.
         site: name of the hidden state the SAE was trained on.
         attribute: name in the data set's item table.
         feature: feature to edit.
@@ -75,34 +77,35 @@ def control_curve(
         mode: ``reconstruct`` (the paper's) or ``delta``.
         positions: ``all`` or ``last``.
         popularity: share of training users per item.
+        batch_size: histories per forward pass; memory only.
 
     Returns:
         Per value ``{"attribute", "feature", "op", "mode", "positions", "value", "share", "ndcg@10", "hit_rate@10"}``.
 
     Raises:
-        ValueError: no such attribute.
+        ValueError: no such attribute, site or feature, or a value that is not finite.
     """
     names = dataset.item_table.attribute_names
     if attribute not in names:
         raise ValueError(f"attribute: expected one of {', '.join(names)}, got {attribute!r}")
     has_attribute = dataset.item_table.attributes[:, names.index(attribute)]
+    plan = SteeringPlan([Edit(feature, op, 0.0)], mode=mode, positions=positions)  # type: ignore[arg-type]
     points = []
-    for value in values:
-        plan = SteeringPlan([Edit(feature, op, value)], mode=mode, positions=positions)  # type: ignore[arg-type]
-        metrics = evaluate_steered(
-            model, dataset, sae, site, plan, popularity=popularity, batch_size=batch_size
-        )
-        points.append(
-            {
-                "attribute": attribute,
-                "feature": feature,
-                "op": op,
-                "mode": mode,
-                "positions": positions,
-                "value": float(value),
-                **control_figures(metrics, has_attribute),
-            }
-        )
+    with attach(model, site_module(model, site), sae, plan, valid=valid_positions) as handle:
+        for value in values:
+            handle.update(strengths=[value])
+            metrics = evaluate(TransformerScorer(model), dataset, popularity=popularity, batch_size=batch_size)
+            points.append(
+                {
+                    "attribute": attribute,
+                    "feature": feature,
+                    "op": op,
+                    "mode": mode,
+                    "positions": positions,
+                    "value": float(value),
+                    **control_figures(metrics, has_attribute),
+                }
+            )
     return points
 
 
