@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saerec_fast.backend import available_backends
 
@@ -115,6 +116,7 @@ class _LinearTopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> Any:
         x, weight, indices = ctx.saved_tensors
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
@@ -133,6 +135,7 @@ class _EncodeTopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> Any:
         x, W_enc, b_dec, indices, values = ctx.saved_tensors
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
@@ -152,6 +155,7 @@ class _EncodeThreshold(torch.autograd.Function):
         return offsets, indices, values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _offsets: Any, _indices: Any, grad_values: Tensor) -> Any:
         x, W_enc, b_dec, offsets, indices = ctx.saved_tensors
         return *_encoder_gradients(ctx, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec), None
@@ -166,6 +170,7 @@ class _DecodeSparse(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         offsets, indices, values, W_dec = ctx.saved_tensors
         grad_values = grad_weight = grad_bias = None
@@ -176,6 +181,38 @@ class _DecodeSparse(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(0)
         return None, None, grad_values, grad_weight, grad_bias
+
+
+class _Steer(torch.autograd.Function):
+    """Forward is the fused kernel; backward goes through the differentiable twin, whose intermediate values the kernel
+    never stores. Their number depends on the data, which a compiler accepts inside a backward, not inside one op."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _ops.steer(*args)
+        ctx.tensor_places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        ctx.args = [None if isinstance(arg, Tensor) else arg for arg in args]
+        ctx.save_for_backward(*(args[i] for i in ctx.tensor_places))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        args, leaves = list(ctx.args), {}
+        for i, tensor in zip(ctx.tensor_places, ctx.saved_tensors, strict=True):
+            args[i] = tensor.detach()
+            if ctx.needs_input_grad[i]:
+                leaves[i] = args[i].requires_grad_()
+        with torch.enable_grad():
+            out = _steer_differentiable(*args)
+        grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if out.requires_grad:
+            grads = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
+        results: list[Tensor | None] = [None] * len(args)
+        for i, leaf_grad in zip(leaves, grads, strict=True):
+            results[i] = leaf_grad
+        return tuple(results)
 
 
 def _steer_differentiable(
@@ -192,7 +229,7 @@ def _steer_differentiable(
     values: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """The fused op as a composition of differentiable ones: gradients need the intermediate values it never stores."""
+    """The fused op as a composition of differentiable ones."""
     slots = sorted(set(features))
     slot_ids = torch.tensor(slots, dtype=torch.int64, device=x.device)
     rows = x.shape[0]
@@ -228,7 +265,7 @@ def _steer_differentiable(
     steered = x
     if reconstruct:
         assert sparse is not None
-        # Edited features leave the sparse part altogether: taking their activation off again could not undo an infinite one.
+        # Edited features leave the sparse part altogether: taking an infinite activation off again would not undo it.
         offsets, indices, entries = sparse
         if slots:
             entries = torch.where(torch.isin(indices, slot_ids), 0, entries)
@@ -270,4 +307,4 @@ _register_autograd("linear_topk", _LinearTopK.apply)
 _register_autograd("encode_topk", _EncodeTopK.apply)
 _register_autograd("encode_threshold", _EncodeThreshold.apply)
 _register_autograd("decode_sparse", _DecodeSparse.apply)
-_register_autograd("steer", _steer_differentiable)
+_register_autograd("steer", _Steer.apply)
