@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ def check_k(k: int, n: int) -> None:
 def check_threshold(threshold: float | Tensor, n: int, x: Tensor) -> Tensor:
     """The threshold as a float tensor ``(1,)`` or ``(n,)`` on the device of ``x``."""
     if not isinstance(threshold, Tensor):
+        if not isinstance(threshold, Real):
+            raise TypeError(f"threshold: expected a number or a tensor ({n},), got {type(threshold).__name__}")
         return torch.tensor([float(threshold)], dtype=torch.float32, device=x.device)
     if threshold.dim() == 0:
         threshold = threshold.reshape(1)
@@ -105,7 +108,8 @@ def check_strengths(strengths: Tensor | None, plan: SteeringPlan, batch_shape: t
     if strengths is None:
         return
     if not isinstance(strengths, Tensor) or not strengths.is_floating_point():
-        raise TypeError("strengths: expected a floating point tensor (m,) or (..., m)")
+        came = strengths.dtype if isinstance(strengths, Tensor) else type(strengths).__name__
+        raise TypeError(f"strengths: expected a floating point tensor (m,) or (..., m), got {came}")
     m = len(plan.edits)
     if strengths.device != x.device:
         raise ValueError(f"strengths: expected device {x.device} like the input, got {strengths.device}")

@@ -195,8 +195,12 @@ def steered_positions(
     ``last`` is each sequence's last valid position along the last batch dimension.
 
     Raises:
+        TypeError: a mask that is not a bool tensor.
         ValueError: a mask whose shape is not ``batch_shape``, or ``last`` without a sequence dimension.
     """
+    if valid is not None and (not isinstance(valid, Tensor) or valid.dtype != torch.bool):
+        came = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid: expected a bool tensor, got {came}")
     if valid is not None and valid.shape != batch_shape:
         raise ValueError(f"valid: expected shape {tuple(batch_shape)}, got {tuple(valid.shape)}")
     if isinstance(plan.positions, Tensor):
