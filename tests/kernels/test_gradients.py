@@ -232,3 +232,14 @@ def test_no_gradient_is_recorded_without_need() -> None:
     result = fast.linear_topk(x, *inputs[1:3], k=5)
     assert result.values.requires_grad
     assert not result.indices.requires_grad
+
+
+@pytest.mark.parametrize("name", ops(fast))
+def test_second_derivatives_are_refused(name: str) -> None:
+    inputs, extra = decided_inputs(torch.float32), extra_tensor(name, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (*inputs, extra)]
+    out = ops(fast)[name](Inputs(*leaves[:5]), leaves[5])
+    grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True, allow_unused=True)
+    if name != "steer_delta_add":  # an addition: its second derivative is 0
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            sum(grad.square().sum() for grad in grads if grad is not None).backward()
