@@ -82,7 +82,7 @@ def data_show(path: Annotated[str, typer.Argument(help="Folder, file or MovieLen
 def train(
     data: DataPath = "ml-100k",
     run: RunFolder = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(help="Upper limit; training stops early.")] = 40,
+    epochs: Annotated[int, typer.Option(help="Upper limit; training stops early.")] = 30,
     d_model: Annotated[int, typer.Option(help="Width of the hidden states.")] = 64,
     layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 2,
     max_length: Annotated[int, typer.Option(help="Items the model looks back on.")] = 50,

@@ -95,10 +95,11 @@ class RecommenderSettings:
     n_layers: int = 2
     n_heads: int = 2
     max_length: int = 50
-    dropout: float = 0.2
-    epochs: int = 40
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    dropout: float = 0.1
+    item_dropout: float = 0.2
+    epochs: int = 30
+    batch_size: int = 32
+    learning_rate: float = 1e-3
     patience: int = 8
     seed: int = 0
 
@@ -261,6 +262,7 @@ class Run:
                 n_heads=settings.n_heads,
                 max_length=settings.max_length,
                 dropout=settings.dropout,
+                item_dropout=settings.item_dropout,
             )
             model = train_recommender(
                 split,
@@ -423,11 +425,17 @@ class Run:
         return self._step("control", asdict(settings), compute)
 
     def steerable_attributes(self, count: int) -> list[str]:
-        """The attributes whose best feature, chosen on the SAE's training users, correlates most with them."""
+        """The attributes whose best feature, chosen on the SAE's training users, correlates most with them.
+
+        Where two attributes share a feature ("Children's" and "Animation"), only the one it follows more closely counts.
+        """
         statistics = self.saved_statistics("sae_train")
         strength = statistics.strength()
         best = {name: float(np.nanmax(strength[:, i])) for i, name in enumerate(statistics.attribute_names)}
-        return sorted(best, key=lambda name: -best[name])[:count]
+        taken: dict[int, str] = {}
+        for name in sorted(best, key=lambda name: -best[name]):
+            taken.setdefault(self.feature_of(name), name)
+        return list(taken.values())[:count]
 
     def feature_of(self, attribute: str) -> int:
         """The feature that correlates most with an attribute on the users the SAE was trained on.

@@ -61,9 +61,7 @@ def linear_topk(
     return values, indices
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Values ``(R, k)`` after the ReLU, indices int32 ``(R, k)``."""
     values = torch.empty((x.shape[0], k), dtype=x.dtype)
     indices = torch.empty((x.shape[0], k), dtype=torch.int32)
@@ -107,9 +105,7 @@ def encode_threshold(
     return offsets, indices, values
 
 
-def decode_sparse(
-    offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None
-) -> Tensor:
+def decode_sparse(offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """Decoded hidden states ``(R, d)`` in the dtype of W_dec."""
     offsets, indices = offsets.contiguous(), indices.contiguous()
     out = torch.empty((offsets.shape[0] - 1, W_dec.shape[1]), dtype=W_dec.dtype)
