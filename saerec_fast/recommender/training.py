@@ -332,7 +332,9 @@ class _TiedCrossEntropy(torch.autograd.Function):
     a block of them stays in the cache, and memory does not grow with the catalogue × rows.
     """
 
-    BLOCK_VALUES = 1 << 20
+    # A block of logits of 1 MiB stays in the second-level cache; fewer rows would read the head's weights too often.
+    BLOCK_VALUES = 1 << 18
+    MIN_ROWS = 64
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -340,7 +342,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        rows = max(1, _TiedCrossEntropy.BLOCK_VALUES // weight.shape[0])
+        rows = max(_TiedCrossEntropy.MIN_ROWS, _TiedCrossEntropy.BLOCK_VALUES // weight.shape[0])
         for start in range(0, n_rows, rows):
             block, target = hidden[start : start + rows], targets[start : start + rows, None]
             log_p = torch.log_softmax(block @ weight.T, dim=-1)
