@@ -78,6 +78,7 @@ symbols: setup
 	tools/check_symbols.sh build/cp*/CMakeFiles/saerec_cpu_*.dir
 
 wheel: setup
+	rm -f dist/*.whl
 	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
 
 clean:
