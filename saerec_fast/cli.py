@@ -268,17 +268,14 @@ def _resolve_data(data: str, quiet: bool) -> str:
 
 
 def _print_control(result: dict[str, Any]) -> None:
-    table = Table("attribute", "feature", "edit", "mode", "positions", "value", "share in top 10", "NDCG@10")
+    table = Table("attribute", "edit", "how", "share", "NDCG@10")
     for attribute, untouched in result["baseline"].items():
-        table.add_row(attribute, "", "none", "", "", "", f"{untouched['share']:.3f}", f"{untouched['ndcg@10']:.3f}")
+        table.add_row(attribute, "none", "", f"{untouched['share']:.3f}", f"{untouched['ndcg@10']:.3f}")
     for point in result["points"]:
         table.add_row(
             point["attribute"],
-            f"#{point['feature']}",
-            point["op"],
-            point["mode"],
-            point["positions"],
-            f"{point['value']:.3g}",
+            f"{point['op']} #{point['feature']} {point['value']:.3g}",
+            f"{point['mode']}, {point['positions']}",
             f"{point['share']:.3f}",
             f"{point['ndcg@10']:.3f}",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from saerec_fast.data import read_dataset
 from saerec_fast.files import read_json, write_json
 from saerec_fast.interpret import Estimate, ratio
 from saerec_fast.interpret.report import (
@@ -28,7 +29,7 @@ from saerec_fast.interpret.report import (
 from saerec_fast.pipeline import ActivationSettings, ControlSettings, DataSettings, RecommenderSettings, Run
 from saerec_fast.sae import SAETrainingConfig
 
-# Below this many interactions the users set aside for the SAE alone are too few to train it on.
+# Below this many interactions a data set is small (MovieLens 100K has 100,000, MovieLens 1M a million).
 SMALL = 300_000
 
 _LABELS = {"transformer": "Transformer", "item_knn": "Item-kNN", "popularity": "Popularity"}
@@ -46,10 +47,10 @@ def run_demo(data: str, run: Run, *, seed: int = 0) -> dict[str, Any]:
         What ``metrics.json`` holds.
     """
     started = time.perf_counter()
-    described = run.prepare_data(DataSettings(data, seed=seed))
-    small = described["dataset"]["n_interactions"] < SMALL
-    recommenders = run.train_recommender(RecommenderSettings(seed=seed))
-    run.collect_activations(ActivationSettings(users="non_test" if small else "train_sae"))
+    small = read_dataset(data).n_interactions < SMALL
+    described = run.prepare_data(DataSettings(data, sae_share=0.05 if small else 0.1, seed=seed))
+    recommenders = run.train_recommender(recommender_settings(small, seed))
+    run.collect_activations(activation_settings(small))
     quality = run.train_sae(sae_settings(small, seed))
     interpretation = run.interpret()
     control = run.control(ControlSettings())
@@ -75,6 +76,24 @@ def run_demo(data: str, run: Run, *, seed: int = 0) -> dict[str, Any]:
     write_json(run.folder / "metrics.json", metrics)
     write_report(run.folder / "report.html", _context(run, metrics, small, examples))
     return metrics
+
+
+def recommender_settings(small: bool, seed: int) -> RecommenderSettings:
+    """Settings of the recommender: a larger data set needs fewer passes over itself."""
+    if small:
+        return RecommenderSettings(seed=seed)
+    return RecommenderSettings(epochs=14, batch_size=64, patience=5, seed=seed)
+
+
+def activation_settings(small: bool) -> ActivationSettings:
+    """Where the hidden states come from.
+
+    On a large data set, after block 0, of users the recommender has not been trained on: the paper's protocol. On a
+    small one, what attention mixes in drowns the little that a few hundred users teach about an item, and the users
+    that can be set aside are too few: there the SAE takes apart the item embedding that enters the first block, and
+    is trained on all but the test users.
+    """
+    return ActivationSettings("embedding", "non_test") if small else ActivationSettings("block.0", "train_sae")
 
 
 def sae_settings(small: bool, seed: int) -> SAETrainingConfig:
