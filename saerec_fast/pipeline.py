@@ -275,7 +275,7 @@ class Run:
                 seed=settings.seed,
                 progress=self.progress,
             ).eval()
-            recommenders = {
+            recommenders: dict[str, Recommend] = {
                 "transformer": TransformerScorer(model),
                 "item_knn": ItemKNNRecommender(split.train),
                 "popularity": PopularityRecommender(split.train),
@@ -427,7 +427,7 @@ class Run:
     def steerable_attributes(self, count: int) -> list[str]:
         """The attributes whose best feature, chosen on the SAE's training users, correlates most with them.
 
-        Where two attributes share a feature ("Children's" and "Animation"), only the one it follows more closely counts.
+        Where two attributes share a feature ("Children's" and "Animation"), only the one it follows more counts.
         """
         statistics = self.saved_statistics("sae_train")
         strength = statistics.strength()

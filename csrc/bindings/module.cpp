@@ -174,12 +174,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("steer", &steer);
   py::class_<saerec::SparseRows>(module, "SparseRows")
       .def_property_readonly("n_entries", &saerec::SparseRows::n_entries)
-      .def("copy_to", [](const saerec::SparseRows& rows, uintptr_t offsets, uintptr_t indices, uintptr_t values,
-                         int dtype) {
-        const py::gil_scoped_release release;
-        rows.copy_to(pointer<int64_t>(offsets), pointer<int32_t>(indices), pointer<void>(values),
-                     static_cast<DType>(dtype));
-      });
+      .def("copy_to",
+           [](const saerec::SparseRows& rows, uintptr_t offsets, uintptr_t indices, uintptr_t values, int dtype) {
+             const py::gil_scoped_release release;
+             rows.copy_to(pointer<int64_t>(offsets), pointer<int32_t>(indices), pointer<void>(values),
+                          static_cast<DType>(dtype));
+           });
   module.def("compiled_isas", &saerec::compiled_isas);
   module.def("supported_isas", &saerec::supported_isas);
   module.def("active_isa", &saerec::active_isa);

@@ -98,8 +98,8 @@ TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const 
   task.sweep = sweep_task(scratch, x, weights, begin, end);
   TopKCandidates& candidates = task.candidates;
   candidates.k = k;
-  // Room for as many newcomers as there are kept ones (and not too few) makes a cut, which is linear in the capacity, cost a
-  // bounded number of steps per newcomer.
+  // Room for as many newcomers as there are kept ones (and not too few) makes a cut, which is linear in the capacity,
+  // cost a bounded number of steps per newcomer.
   candidates.capacity = round_up(k + std::max<int64_t>(k, 64) + kFeatureBlock, 16);
   candidates.values = scratch.values.get<float>(x.rows * candidates.capacity);
   candidates.features = scratch.features.get<uint32_t>(x.rows * candidates.capacity);

@@ -103,9 +103,8 @@ std::unique_ptr<SparseRows> encode_threshold(const EncodeThresholdParams& params
     const int64_t row_count = std::min(partition.chunk_rows, rows - row_begin);
     const int64_t begin = segment * partition.segment_features;
     const int64_t end = std::min(begin + partition.segment_features, n);
-    const ThresholdLog& log =
-        sweep_threshold_chunk(thread_encoder_scratch(), row_range(params.x, row_begin, row_count), weights, begin, end,
-                              params.thresholds);
+    const ThresholdLog& log = sweep_threshold_chunk(thread_encoder_scratch(), row_range(params.x, row_begin, row_count),
+                                                    weights, begin, end, params.thresholds);
     parts->part(task) = group_by_row(log, row_count);
   });
   return parts;

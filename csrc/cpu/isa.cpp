@@ -17,8 +17,9 @@
 #undef SAEREC_TIER
 #endif
 
-#define SAEREC_TIER_KERNELS(tier)                                                                                \
-  {tier::sweep_topk, tier::finish_topk, tier::sweep_threshold, tier::sweep_dense, tier::decode_rows, tier::dot_rows, tier::sum_groups}
+#define SAEREC_TIER_KERNELS(tier)                                                  \
+  {tier::sweep_topk,  tier::finish_topk, tier::sweep_threshold, tier::sweep_dense, \
+   tier::decode_rows, tier::dot_rows,    tier::sum_groups}
 
 namespace saerec {
 
@@ -35,9 +36,7 @@ const Tier kTiers[] = {
     {"scalar", [] { return true; }, SAEREC_TIER_KERNELS(scalar)},
 #if defined(SAEREC_HAVE_X86_TIERS)
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      SAEREC_TIER_KERNELS(avx2)},
     {"avx512",
      [] {

@@ -8,8 +8,8 @@
 
 namespace saerec {
 
-// Rows handled by one task: x of the task (converted to float32) stays in L1/L2 while the dictionary streams by, and the
-// price of transposing a block of weights is shared by this many rows.
+// Rows handled by one task: x of the task (converted to float32) stays in L1/L2 while the dictionary streams by, and
+// the price of transposing a block of weights is shared by this many rows.
 constexpr int64_t kChunkRows = 128;
 // Features per step of the sweep: two vectors of the widest tier. All tiers share it, so that candidate capacities do.
 constexpr int64_t kFeatureBlock = 32;
@@ -23,7 +23,7 @@ struct TopKCandidates {
   float* thresholds = nullptr;   // (rows)
   int64_t capacity = 0;
   int64_t k = 0;
-  int32_t* keys = nullptr;       // (capacity) scratch
+  int32_t* keys = nullptr;  // (capacity) scratch
 };
 
 // Sorts pairs in descending order of value, ties by smallest feature, NaN first.

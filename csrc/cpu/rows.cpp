@@ -2,9 +2,9 @@
 // Compiled once per tier.
 //
 // Accumulator: float32. Sums run over the entries in the order given, one chain per output column and kChainEntries
-// entries, so they do not depend on how rows or features are split over threads, and their error grows with the number of
-// chains rather than of entries. Column blocks of 8 vectors (then 1) keep the sums in registers
-// while the entries pass; a block of 8 is 128 columns on AVX-512, so d = 64 ... 128 needs a single pass.
+// entries, so they do not depend on how rows or features are split over threads, and their error grows with the number
+// of chains rather than of entries. Column blocks of 8 vectors (then 1) keep the sums in registers while the entries
+// pass; a block of 8 is 128 columns on AVX-512, so d = 64 ... 128 needs a single pass.
 #include "kernels.h"
 #include "simd.h"
 #include "tier.inc"

@@ -1,5 +1,5 @@
-// Memory a thread keeps between calls. Tasks are bounded in size (kChunkRows), so this does not grow with the batch; fresh
-// allocations of this size would be handed back to the system and faulted in again on every call.
+// Memory a thread keeps between calls. Tasks are bounded in size (kChunkRows), so this does not grow with the batch;
+// fresh allocations of this size would be handed back to the system and faulted in again on every call.
 #pragma once
 
 #include <cstddef>

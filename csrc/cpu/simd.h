@@ -1,7 +1,8 @@
 // The vector type of the tier this file is compiled for (SAEREC_TIER is scalar, avx2 or avx512, with the matching
 // compiler flags), as few operations as the kernels need. Everything has internal linkage.
 //
-// Loads and stores take any alignment. 16-bit floats are widened to float32 on load and rounded to nearest even on store.
+// Loads and stores take any alignment. 16-bit floats are widened to float32 on load and rounded to nearest even on
+// store.
 #pragma once
 
 #include <cstdint>
@@ -112,7 +113,8 @@ inline void store(F16, uint16_t* p, Vec a) {
 }
 
 // Appends the lanes in mask (values, and first + lane) at the ends of both arrays; writes a whole vector, so both need
-// kLanes free places. Compressing in a register and storing it whole beats a compressing store, which is microcoded on Zen 4.
+// kLanes free places. Compressing in a register and storing it whole beats a compressing store, which is microcoded on
+// Zen 4.
 inline int append(float* values, uint32_t* ids, Vec value, uint32_t first, uint32_t mask) {
   const __mmask16 lanes = static_cast<__mmask16>(mask);
   const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -153,7 +155,8 @@ inline void transpose_tile(Element element, const typename Element::Storage* con
   }
   // r[4 g + c] now holds, in its 128-bit lane q, column 4 q + c of rows 4 g .. 4 g + 3.
   for (int c = 0; c < 4; ++c) {
-    const __m512 low01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44), high01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xEE);
+    const __m512 low01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44),
+                 high01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xEE);
     const __m512 low23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x44);
     const __m512 high23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xEE);
     _mm512_storeu_ps(out + (c)*out_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));

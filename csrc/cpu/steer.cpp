@@ -143,7 +143,8 @@ class ChunkSteerer {
                          scratch.activations.data());
       for (int64_t i = 0; i < x_.rows * slots; ++i) {
         const int64_t slot = i % slots;
-        if (plan_.adds_only[slot] || scratch.activations[i] <= plan_.slot_threshold[slot]) scratch.activations[i] = 0.0f;
+        if (plan_.adds_only[slot] || scratch.activations[i] <= plan_.slot_threshold[slot])
+          scratch.activations[i] = 0.0f;
       }
       return;
     }
@@ -183,8 +184,8 @@ class ChunkSteerer {
 
   template <class Take>
   void for_each_topk_entry(const Take& take) {
-    const TopKCandidates candidates = sweep_topk_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows,
-                                                 params_.k, nullptr, nullptr);
+    const TopKCandidates candidates = sweep_topk_chunk(thread_encoder_scratch(), x_, weights_, 0,
+                                                       params_.weight_enc.rows, params_.k, nullptr, nullptr);
     for (int64_t r = 0; r < x_.rows; ++r) {
       const float* values = candidates.values + r * candidates.capacity;
       const uint32_t* features = candidates.features + r * candidates.capacity;
@@ -194,8 +195,8 @@ class ChunkSteerer {
 
   template <class Take>
   void for_each_threshold_entry(SteerScratch& scratch, const Take& take) {
-    const ThresholdLog& log = sweep_threshold_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows,
-                                                    params_.thresholds);
+    const ThresholdLog& log =
+        sweep_threshold_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows, params_.thresholds);
     scratch.row_starts.assign(static_cast<std::size_t>(x_.rows + 1), 0);
     for (int64_t i = 0; i < log.count; ++i) ++scratch.row_starts[log.rows[i] + 1];
     for (int64_t r = 0; r < x_.rows; ++r) scratch.row_starts[r + 1] += scratch.row_starts[r];

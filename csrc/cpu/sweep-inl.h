@@ -6,8 +6,8 @@
 // rows of the task then share; x is converted to (rows, d) float32 once.
 // Accumulator: float32, j ascending, one chain per score (fused multiply-add on the vector tiers), bias last. The chain
 // is the same wherever a row or feature falls in a tile, so a score's bits depend on its row and feature only.
-// Tile: kRowTile rows x 2 vectors, as many accumulators as the registers hold; the transposed block of d = 64 takes 8 KB
-// and stays in L1 while all rows of the task pass.
+// Tile: kRowTile rows x 2 vectors, as many accumulators as the registers hold; the transposed block of d = 64 takes 8
+// KB and stays in L1 while all rows of the task pass.
 #pragma once
 
 #include "kernels.h"

@@ -49,7 +49,8 @@ struct TopKSink {
     for (int i = 0; i < kFeatureBlock; i += kLanes) {
       const uint32_t lanes = mask >> i & ((kLanes < 32 ? 1u << kLanes : 0u) - 1u);
       if (lanes == 0) continue;
-      count += append(values + count, features + count, load(F32{}, scores + i), static_cast<uint32_t>(first + i), lanes);
+      count +=
+          append(values + count, features + count, load(F32{}, scores + i), static_cast<uint32_t>(first + i), lanes);
     }
     candidates.counts[row] = count;
   }

@@ -1,4 +1,5 @@
-// encode_threshold: the features with  not (score <= threshold)  per row, as compressed rows in ascending feature order.
+// encode_threshold: the features with  not (score <= threshold)  per row, as compressed rows in ascending feature
+// order.
 //
 // The number of entries is known only after the sweep, so the call is in two steps: encode_threshold() returns the
 // entries in memory of its own, the caller allocates its outputs and copies them with SparseRows::copy_to.

@@ -13,8 +13,8 @@ namespace saerec {
 struct SparseDotParams {
   const int64_t* offsets = nullptr;  // (B + 1)
   IndexArray indices;
-  Matrix rows;    // (B, d), unit column stride
-  Matrix weight;  // (n, d), unit column stride
+  Matrix rows;          // (B, d), unit column stride
+  Matrix weight;        // (n, d), unit column stride
   void* out = nullptr;  // (n_entries) in out_dtype
   DType out_dtype = DType::kFloat32;
   int threads = 1;
@@ -23,10 +23,10 @@ struct SparseDotParams {
 struct SparseWeightGradientParams {
   const int64_t* offsets = nullptr;  // (B + 1)
   IndexArray indices;
-  Vector coefficients;  // one per entry
-  Matrix rows;          // (B, d), unit column stride
-  Vector shift;         // (d) or absent
-  Matrix out;           // (n, d) contiguous; every row is written
+  Vector coefficients;      // one per entry
+  Matrix rows;              // (B, d), unit column stride
+  Vector shift;             // (d) or absent
+  Matrix out;               // (n, d) contiguous; every row is written
   void* out_sum = nullptr;  // (n) in the dtype of out, or absent
   int threads = 1;
 };
