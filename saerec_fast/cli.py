@@ -213,7 +213,7 @@ def recommend(
         list[str] | None,
         typer.Option(
             help="NAME=+2 adds, NAME=-1 subtracts, NAME=0 sets, NAME=x0.5 scales; NAME is an attribute, or #ID a "
-            "feature. 1 is the feature's mean activation when it fires."
+            "feature. 1 is a strong activation of that feature: the 90th percentile of those it has."
         ),
     ] = None,
     mode: Annotated[

@@ -131,7 +131,7 @@ def _examples(run: Run) -> list[RecommendationExample]:
 
         examples.append(
             RecommendationExample(
-                f"{attribute}: feature {plan.edits[0].feature}, +2 times its mean activation",
+                f"{attribute}: feature {plan.edits[0].feature}, plus twice a strong activation",
                 [table.titles[item] for item in history[-8:]],
                 listed(before),
                 listed(after),

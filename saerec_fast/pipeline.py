@@ -456,10 +456,10 @@ class Run:
         def unit(feature: int) -> float:
             if feature >= statistics.n_features:
                 raise ValueError(f"steer: feature ids go from 0 to {statistics.n_features - 1}, got {feature}")
-            mean = float(statistics.mean_when_fired[feature])
-            if not np.isfinite(mean):
+            strong = float(statistics.quantiles[feature, 1])
+            if not np.isfinite(strong):
                 raise ValueError(f"steer: feature #{feature} never fired, so it has no unit to add or set")
-            return mean
+            return strong
 
         edits = [parse_edit(spec, self.feature_of, unit) for spec in specs]
         return SteeringPlan(edits, mode=mode, positions=positions)  # type: ignore[arg-type]

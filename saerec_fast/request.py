@@ -16,8 +16,8 @@ _SPEC = re.compile(r"^(?P<name>.+?)=(?P<op>[+\-x]?)(?P<value>\d+(\.\d*)?|\.\d+)$
 def parse_edit(text: str, feature_of: Callable[[str], int], unit_of: Callable[[int], float]) -> Edit:
     """One edit, such as ``Horror=+2``, ``Horror=-1``, ``Comedy=0``, ``Drama=x0.5`` or ``#812=+1``.
 
-    ``+`` and ``-`` add, ``x`` scales, a bare number sets. Added and set values are in units of the feature's mean
-    activation when it fires, so that 1 is an ordinary amount of it whatever the feature.
+    ``+`` and ``-`` add, ``x`` scales, a bare number sets. Added and set values are in units of a strong activation of
+    the feature (in a run, the 90th percentile of those it has), so that 1 means as much for every feature.
 
     Args:
         text: ``NAME=VALUE`` with an attribute's name or ``#`` and a feature id.

@@ -113,6 +113,21 @@ def test_any_integers_equal_the_reference(problem) -> None:
     assert_equal(out, truth.to(out.dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounds_as_pytorch_does(dtype: torch.dtype) -> None:
+    # A product of two halves is exact in float32: what comes out shows every case of the conversion on the way back,
+    # halfway between two numbers, subnormal, overflowing and NaN included.
+    generator = torch.Generator().manual_seed(0)
+    bits, integer = (32, torch.int32) if dtype == torch.float32 else (16, torch.int16)
+    patterns = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (600,), generator=generator).to(integer)
+    values = torch.cat([patterns.view(dtype), torch.linspace(-3, 3, 97).to(dtype)])
+    factors = torch.cat([values[100:357], torch.tensor([1.0, 0.5, 2.0**-8, 3.0]).to(dtype)])
+    rows = len(values)
+    features = fast.SparseFeatures(torch.arange(rows + 1), torch.zeros(rows, dtype=torch.int32), values, 1, (rows,))
+    out = fast.decode_sparse(features, factors[None], None, backend="cpu")
+    assert_equal(out, (values.float()[:, None] * factors.float()).to(dtype))
+
+
 def test_features_of_value_zero_and_unused_rows_of_the_dictionary_do_not_matter() -> None:
     W_dec = torch.full((6, 20), float("nan"))
     W_dec[2] = torch.arange(20.0)

@@ -206,6 +206,17 @@ def test_non_finite_rows(kind: str, mode: str) -> None:
         check_exact(inputs, activation_of(kind, case), fast.SteeringPlan(edits, mode))
 
 
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("mode", ["delta", "reconstruct"])
+def test_masks_and_strengths_of_every_chunk(mode: str, kind: str) -> None:
+    case = Case(5, 40, 7, 300)
+    inputs = integer_inputs(case)
+    mask = torch.rand(300, generator=torch.Generator().manual_seed(0)) < 0.5
+    plan = fast.SteeringPlan([fast.Edit(3, "add", 1.0), fast.Edit(9, "scale", 1.0)], mode, mask)
+    strengths = torch.arange(600.0).reshape(300, 2) % 7
+    check_exact(inputs, activation_of(kind, case), plan, strengths=strengths)
+
+
 def test_strengths_per_row() -> None:
     case = Case(8, 50, 9, 24)
     inputs = integer_inputs(case)
