@@ -50,8 +50,6 @@ def test_types_are_advertised() -> None:
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
 def test_no_data_set_is_tracked() -> None:
     """MovieLens may not be redistributed, and files of that kind have no other place here either."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     data_like = re.compile(r"\.(dat|data|inter|item|parquet|zip|gz|safetensors|npy|npz|whl)$|(^|/)u\.(data|item|user)")
     assert [path for path in tracked.splitlines() if data_like.search(path)] == []
