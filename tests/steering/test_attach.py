@@ -596,8 +596,10 @@ class TestCompiled:
             with pytest.raises(ValueError, match="not compiled yet"):
                 attach(target, site, sae, SteeringPlan(EDITS))
         assert n_hooks(model) == 0
-        del compiled, target
-        # The wrapper is gone: nobody is left who would ignore the hook.
+        cycle: list[Any] = [compiled]
+        cycle.append(cycle)
+        del compiled, target, cycle
+        # Nobody is left who would ignore the hook, though the wrapper has not been collected yet.
         attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()
 
     @pytest.mark.parametrize("where", ["", "blocks.0", "blocks.0.mlp"])
