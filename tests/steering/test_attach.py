@@ -211,9 +211,12 @@ def test_output_layouts(layout: str, sae: SparseAutoencoder) -> None:
     model = make_model(layout)
     plan = SteeringPlan(EDITS)
     hidden = through_block_0(model, TOKENS)
+    own: list[Any] = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: own.append(output))
     plain = model.blocks[1](hidden)
     with attach(model, "blocks.1", sae, plan):
         steered = model.blocks[1](hidden)
+    assert all(map(torch.equal, own[0], own[1]))  # a container that the module keeps is not written to either
     assert type(steered) is type(plain)
     if layout == "tensor":
         plain, steered = (plain,), (steered,)
@@ -465,7 +468,7 @@ def test_inference_mode(model: Model, sae: SparseAutoencoder) -> None:
 
 
 def test_threads_do_not_see_each_others_masks(sae: SparseAutoencoder) -> None:
-    """Two forward passes that overlap in time: each waits inside for the other."""
+    """Two forward passes: both have begun before either is steered, and both are steered before either ends."""
     model = make_model()
     plan = SteeringPlan(EDITS, positions="last")
     batches = [TOKENS[:2], TOKENS[:2].flip(1)]
@@ -477,7 +480,8 @@ def test_threads_do_not_see_each_others_masks(sae: SparseAutoencoder) -> None:
         def wait(*_: Any) -> None:
             barrier.wait()
 
-        waits = model.blocks[0].register_forward_hook(wait)
+        for block in model.blocks:
+            block.register_forward_hook(wait)
 
         def run(number: int) -> None:
             with torch.no_grad():
@@ -488,7 +492,6 @@ def test_threads_do_not_see_each_others_masks(sae: SparseAutoencoder) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        waits.remove()
     assert not torch.equal(expected[0], expected[1])
     for result, wanted in zip(results, expected, strict=True):
         assert torch.equal(result, wanted)
