@@ -12,11 +12,12 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo lint format sanitize symbols wheel clean
+.PHONY: help setup test demo bench lint format sanitize symbols wheel clean
 
 help:
 	@echo 'make test       set up .venv, build the extension, run the tests (ARGS="-k topk" to choose)'
 	@echo 'make demo       set up .venv, run the study on MovieLens 100K into runs/demo (ARGS="--data DIR" for other data)'
+	@echo 'make bench      time the ops beside eager PyTorch (ARGS="-k topk" to choose)'
 	@echo 'make setup      only set up .venv'
 	@echo 'make lint       ruff, mypy, clang-format; changes nothing'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
@@ -45,6 +46,10 @@ test: setup
 
 demo: setup
 	$(BIN)/saerec demo --out runs/demo $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-sort=name \
+	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
