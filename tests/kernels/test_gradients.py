@@ -243,3 +243,19 @@ def test_second_derivatives_are_refused(name: str) -> None:
     if name != "steer_delta_add":  # an addition: its second derivative is 0
         with pytest.raises(RuntimeError, match="differentiate twice"):
             sum(grad.square().sum() for grad in grads if grad is not None).backward()
+
+
+@pytest.mark.parametrize(("op", "neutral"), [("add", 0.0), ("scale", 1.0)])
+@pytest.mark.parametrize("activation", [fast.ReLU(), fast.TopK(5)], ids=["relu", "topk"])
+def test_strengths_learn_from_neutral_values(op: str, neutral: float, activation: fast.ReLU | fast.TopK) -> None:
+    """At strengths that change nothing the state is the same bits, but its gradient is that of any other strength."""
+    inputs = make_inputs(Case(d=16, n=40, k=5, rows=20))
+    plan = fast.SteeringPlan([fast.Edit(3, op, neutral)])
+    grads = []
+    for steer, dtype in ((fast.steer, torch.float32), (reference.steer, torch.float64)):
+        strengths = torch.tensor([neutral], dtype=dtype, requires_grad=True)
+        steered = steer(*inputs.to(dtype), activation, plan, strengths=strengths)
+        steered.square().sum().backward()
+        grads.append(strengths.grad.double())
+    assert grads[1].abs() > 1e-3
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)

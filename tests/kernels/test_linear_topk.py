@@ -229,6 +229,17 @@ def test_features_split_over_threads(rows: int) -> None:
         assert_equal(result.values, expected[i % 2].values)
 
 
+def test_one_threads_part_holds_all_of_the_top_k() -> None:
+    # 20001 features, each on its own level, in ascending and in descending order.
+    weight = torch.zeros(20_001, 64)
+    weight[:, 0] = torch.arange(20_001)
+    x = torch.zeros(2, 64)
+    x[0, 0], x[1, 0] = 1, -1
+    for threads in (2, 3, 5):
+        with torch_threads(threads):
+            check_exact(x, weight, k=300)
+
+
 def test_k_larger_than_a_threads_part() -> None:
     x, weight = integers(1, 64), integers(2100, 64, seed=1)
     with torch_threads(5):
