@@ -274,8 +274,8 @@ def _steer_differentiable(
             steered = steered + torch.stack(list(edited.values()), -1) @ W_dec.index_select(0, slot_ids)
     elif slots:
         changes = torch.stack([edited[slot] - columns[slot] for slot in slots], -1)
+        # Also for rows the edits happen to leave alone: strengths are learnt starting from neutral values.
         steered = x + changes @ W_dec.index_select(0, slot_ids)
-        steered = torch.where((changes != 0).any(-1, keepdim=True), steered, x)
     steered = steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
     return steered.clone() if steered is x else steered
 
