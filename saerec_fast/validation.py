@@ -20,6 +20,8 @@ def check_hidden(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating point dtype, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"{name}: expected shape (..., d), got a scalar")
+    if x.shape[-1] < 1:
+        raise ValueError(f"{name}: expected shape (..., d) with d >= 1, got {tuple(x.shape)}")
 
 
 def check_weight(name: str, weight: Tensor, x: Tensor) -> None:

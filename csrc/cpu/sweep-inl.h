@@ -4,10 +4,10 @@
 //
 // Layout: one SIMD lane per feature. A block of 32 feature rows is transposed to (d, 32) float32 in scratch, which all
 // rows of the task then share; x is converted to (rows, d) float32 once.
-// Accumulator: float32, j ascending, one chain per score (fused multiply-add on the vector tiers), bias last. The chain
-// is the same wherever a row or feature falls in a tile, so a score's bits depend on its row and feature only.
-// Tile: kRowTile rows x 2 vectors, as many accumulators as the registers hold; the transposed block of d = 64 takes 8
-// KB and stays in L1 while all rows of the task pass.
+// Accumulator: float32, j ascending, one chain per score and 256 dimensions (fused multiply-add on the vector tiers),
+// chains added in order, bias last. That is the same wherever a row or feature falls in a tile, so a score's bits
+// depend on its row and feature only. Tile: kRowTile rows x 2 vectors, as many accumulators as the registers hold; the
+// transposed block of d = 64 takes 8 KB and stays in L1 while all rows of the task pass.
 #pragma once
 
 #include "kernels.h"
@@ -18,6 +18,9 @@ namespace SAEREC_TIER {
 namespace {
 
 constexpr int kTileFeatures = 2 * kLanes;
+
+// Longer chains would lose more precision than a matmul, which sums in blocks too.
+constexpr int64_t kChainDimensions = 256;
 
 template <int N>
 struct Rows {
@@ -87,21 +90,33 @@ void transpose_block(Element element, const SweepTask& task, int64_t first, int6
 template <int Rows>
 void score_tile(const float* x, int64_t x_stride, const float* block, const float* bias, int64_t d, float* scores) {
   for (int64_t i = 0; i < kFeatureBlock; i += kTileFeatures) {
-    Vec sums[Rows][2];
-    for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = zero();
     const float* weights = block + i;
-    for (int64_t j = 0; j < d; ++j, weights += kFeatureBlock) {
-      const Vec w0 = load(F32{}, weights), w1 = load(F32{}, weights + kLanes);
-      for (int r = 0; r < Rows; ++r) {
-        const Vec xj = set1(x[r * x_stride + j]);
-        sums[r][0] = fmadd(xj, w0, sums[r][0]);
-        sums[r][1] = fmadd(xj, w1, sums[r][1]);
+    for (int64_t chain = 0; chain < d; chain += kChainDimensions) {
+      const int64_t chain_end = chain + kChainDimensions < d ? chain + kChainDimensions : d;
+      Vec sums[Rows][2];
+      for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = zero();
+      for (int64_t j = chain; j < chain_end; ++j, weights += kFeatureBlock) {
+        const Vec w0 = load(F32{}, weights), w1 = load(F32{}, weights + kLanes);
+        for (int r = 0; r < Rows; ++r) {
+          const Vec xj = set1(x[r * x_stride + j]);
+          sums[r][0] = fmadd(xj, w0, sums[r][0]);
+          sums[r][1] = fmadd(xj, w1, sums[r][1]);
+        }
       }
-    }
-    const Vec b0 = load(F32{}, bias + i), b1 = load(F32{}, bias + i + kLanes);
-    for (int r = 0; r < Rows; ++r) {
-      store(F32{}, scores + r * kFeatureBlock + i, add(sums[r][0], b0));
-      store(F32{}, scores + r * kFeatureBlock + i + kLanes, add(sums[r][1], b1));
+      const Vec b0 = load(F32{}, bias + i), b1 = load(F32{}, bias + i + kLanes);
+      for (int r = 0; r < Rows; ++r) {
+        float* out = scores + r * kFeatureBlock + i;
+        if (chain > 0) {
+          sums[r][0] = add(sums[r][0], load(F32{}, out));
+          sums[r][1] = add(sums[r][1], load(F32{}, out + kLanes));
+        }
+        if (chain_end == d) {
+          sums[r][0] = add(sums[r][0], b0);
+          sums[r][1] = add(sums[r][1], b1);
+        }
+        store(F32{}, out, sums[r][0]);
+        store(F32{}, out + kLanes, sums[r][1]);
+      }
     }
   }
 }

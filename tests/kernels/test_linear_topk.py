@@ -7,6 +7,7 @@ from helpers import (
     EPS32,
     LAYOUTS,
     assert_equal,
+    assert_no_worse,
     assert_same_bits,
     assert_top_k,
     in_layout,
@@ -297,3 +298,14 @@ def test_tiers_agree_within_rounding() -> None:
     # The i-th largest of two sets of scores differs by no more than the scores do.
     slack = 2 * score_tolerance(no_shift).amax(-1, keepdim=True)
     assert ((result.values - scalar.values).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("d", [512, 1000, 4096])
+def test_wide_states_lose_no_more_than_a_matmul(d: int) -> None:
+    """All features selected, so that every score is compared, not only those that survive."""
+    inputs = make_inputs(Case(d=d, n=100, k=100, rows=130))
+    plain = inputs.x @ inputs.W_enc.T + inputs.b_enc
+    truth = inputs.x.double() @ inputs.W_enc.double().T + inputs.b_enc.double()
+    result = fast.linear_topk(inputs.x, inputs.W_enc, inputs.b_enc, k=100, backend="cpu")
+    scores = torch.empty_like(plain).scatter_(1, result.indices, result.values)
+    assert_no_worse(scores, plain, truth, 2.0)
