@@ -102,9 +102,7 @@ def sae_settings(small: bool, seed: int) -> SAETrainingConfig:
         return SAETrainingConfig(
             n_features=1024, activation="relu", l1_coefficient=1.0, steps=2500, batch_size=1024, seed=seed
         )
-    return SAETrainingConfig(
-        n_features=1024, activation="relu", l1_coefficient=0.5, steps=6000, batch_size=2048, seed=seed
-    )
+    return SAETrainingConfig(n_features=1024, activation="topk", k=32, steps=6000, batch_size=2048, seed=seed)
 
 
 def _examples(run: Run) -> list[RecommendationExample]:
