@@ -32,6 +32,11 @@ from saerec_fast.sae import SAETrainingConfig
 # Below this many interactions a data set is small (MovieLens 100K has 100,000, MovieLens 1M a million).
 SMALL = 300_000
 
+_EMBEDDING_LIMIT = (
+    "The hidden state taken apart here is the item embedding that enters the first block: the same wherever an item "
+    "stands. What attention adds about the items before it is not in it; larger data are taken apart after block 0."
+)
+
 _LABELS = {"transformer": "Transformer", "item_knn": "Item-kNN", "popularity": "Popularity"}
 
 
@@ -232,6 +237,7 @@ def _context(run: Run, metrics: Mapping[str, Any], small: bool, examples: Sequen
             ),
         ],
         settings=run.settings(),
+        limits=[_EMBEDDING_LIMIT] if run.site == "embedding" else (),
         times={one.step: one.seconds for one in run.times if not one.reused},
     )
 
