@@ -94,9 +94,8 @@ def activation_settings(small: bool) -> ActivationSettings:
     """Where the hidden states come from.
 
     On a large data set, after block 0, of users the recommender has not been trained on: the paper's protocol. On a
-    small one, what attention mixes in drowns the little that a few hundred users teach about an item, and the users
-    that can be set aside are too few: there the SAE takes apart the item embedding that enters the first block, and
-    is trained on all but the test users.
+    small one, the item embedding that enters the first block, of all but the test users: on MovieLens 100K features
+    followed genres more closely there than after block 0 (docs/results.md).
     """
     return ActivationSettings("embedding", "non_test") if small else ActivationSettings("block.0", "train_sae")
 
