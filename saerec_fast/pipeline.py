@@ -71,6 +71,7 @@ _COMMANDS = {
 _LOADED = {
     "data": ("split", "popularity"),
     "recommender": ("model",),
+    "activations": ("site",),
     "sae": ("sae",),
     "interpretation": ("interpretation",),
 }

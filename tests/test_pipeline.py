@@ -118,6 +118,13 @@ def test_changed_settings_replace_a_step_and_those_after_it(copy: Path) -> None:
     assert run.saved_statistics("sae").n_features == 32
 
 
+def test_another_site_is_what_the_steps_after_it_use(copy: Path) -> None:
+    run = Run(copy, progress=False)
+    assert run.site == "embedding"
+    run.collect_activations(ActivationSettings("block.0", "non_test"))
+    assert run.site == "block.0"
+
+
 def test_a_step_that_was_cut_off_is_run_again(copy: Path) -> None:
     (copy / "interpretation" / "result.json").unlink()
     run = Run(copy, progress=False)
