@@ -127,8 +127,8 @@ def recommender_settings(small: bool, seed: int) -> RecommenderSettings:
     """Settings of the recommender: a larger data set needs fewer passes over itself.
 
     A small one cannot teach item embeddings much. There they start from what stands close together in the users'
-    sequences and learn slowly, and positions start weak: chosen on MovieLens 100K, on users other than the test users
-    (docs/results.md).
+    sequences and learn slowly, and positions start weak: half the epochs of the defaults serve as well on MovieLens
+    100K, by users other than the test users (docs/results.md).
     """
     if small:
         return RecommenderSettings(
