@@ -105,6 +105,87 @@ struct GroupedSumTask {
   void* out_sum = nullptr;
 };
 
+// Residuals and centred hidden states of a training step as padded float32 panels of kPanelColumns columns, which stay
+// in the second-level cache while the entries of all features gather their rows. In panel c a row holds its residual,
+// then its hidden state less the decoder's bias, each panel_width(d, c) long; columns past d are zero.
+constexpr int64_t kPanelColumns = 64;
+constexpr int64_t kPanelAlignment = 16;  // a vector of the widest tier
+
+static inline int64_t panel_count(int64_t d) { return (d + kPanelColumns - 1) / kPanelColumns; }
+static inline int64_t panel_width(int64_t d, int64_t panel) {
+  const int64_t columns = d - panel * kPanelColumns;
+  return columns >= kPanelColumns ? kPanelColumns : (columns + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
+}
+
+struct StepPanels {
+  float* data = nullptr;
+  int64_t rows = 0;
+  int64_t d = 0;
+};
+
+static inline float* panel_row(const StepPanels& panels, int64_t panel, int64_t row) {
+  return panels.data + panel * kPanelColumns * 2 * panels.rows + row * 2 * panel_width(panels.d, panel);
+}
+
+// Rows [row_begin, row_end) of a training step: reconstruction, residual, gradients of the entries.
+struct StepRowsTask {
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  Matrix x;  // all rows
+  const int64_t* offsets = nullptr;
+  const int32_t* indices = nullptr;
+  const float* values = nullptr;
+  Matrix weight_dec;
+  const float* bias_dec = nullptr;  // (d) or absent
+  float scale = 1;
+  float penalty = 0;
+  StepPanels panels;
+  float* entry_gradients = nullptr;
+  Matrix residual;
+  float* residual_sum = nullptr;  // (panel_count * kPanelColumns), of these rows; starts at zero
+  double squared_sum = 0;         // of these rows
+};
+
+struct StepEntry {
+  int32_t row;
+  float value;
+  float gradient;
+};
+
+// Columns of one panel of the weight gradients of features [feature_begin, feature_end).
+struct StepGroupsTask {
+  int64_t panel = 0;
+  int64_t feature_begin = 0;
+  int64_t feature_end = 0;
+  const int64_t* group_offsets = nullptr;  // (n + 1)
+  const StepEntry* entries = nullptr;      // grouped by feature, in row order
+  StepPanels panels;
+  float scale = 1;
+  Matrix weight_enc;
+  Matrix grad_weight_enc;
+  Matrix grad_weight_dec;
+  void* grad_bias_enc = nullptr;
+  float* bias_part = nullptr;  // (kPanelColumns): this panel's columns of sum_f grad_bias_enc[f] * W_enc[f]; written
+};
+
+// Rows [row_begin, row_end) of an Adam step. Numbers are rounded to float32 where torch rounds them.
+struct AdamTask {
+  float* parameter = nullptr;
+  const float* gradient = nullptr;
+  float* exp_avg = nullptr;
+  float* exp_avg_sq = nullptr;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  int64_t cols = 0;
+  float negative_step_size = 0;
+  float one_minus_beta1 = 0;
+  float beta2 = 0;
+  float one_minus_beta2 = 0;
+  float correction2_sqrt = 1;
+  float epsilon = 0;
+  bool unit_rows = false;
+};
+
 struct Kernels {
   void (*sweep_topk)(TopKSweep&);
   // Leaves the best (at most k) candidates of a row in their final order.
@@ -114,6 +195,9 @@ struct Kernels {
   void (*decode_rows)(const DecodeTask&);
   void (*dot_rows)(const DotTask&);
   void (*sum_groups)(const GroupedSumTask&);
+  void (*step_rows)(StepRowsTask&);
+  void (*step_groups)(const StepGroupsTask&);
+  void (*adam_rows)(const AdamTask&);
 };
 
 const Kernels& active_kernels();

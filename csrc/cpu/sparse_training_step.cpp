@@ -1,0 +1,161 @@
+#include "saerec/sparse_training_step.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "convert.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace saerec {
+namespace {
+
+// Rows and features whose partial sums are added up in order: fixed sizes, so that sums do not depend on threads.
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kMaxFeatureRanges = 256;
+constexpr int64_t kMinRangeFeatures = 16;
+
+std::vector<int32_t> indices32(const IndexArray& indices, int64_t entries) {
+  std::vector<int32_t> copy;
+  if (indices.type == IndexType::kInt32) return copy;
+  copy.resize(static_cast<std::size_t>(entries));
+  for (int64_t e = 0; e < entries; ++e) copy[e] = static_cast<int32_t>(index_at(indices, e));
+  return copy;
+}
+
+// Entries whose activation is not <= 0, grouped by feature and in row order within a group: a counting sort over
+// contiguous chunks of rows, so that the order does not depend on their number.
+struct Grouping {
+  std::vector<int64_t> offsets;  // (n + 1)
+  ScratchBuffer buffer;
+  StepEntry* entries = nullptr;
+};
+
+void group_entries(const SparseTrainingStepParams& params, const int32_t* indices, const float* values,
+                   const float* gradients, int threads, Grouping& groups) {
+  const int64_t rows = params.x.rows, n = params.weight_dec.rows;
+  // Each chunk has n counters of its own, which must not cost more than its entries.
+  const int64_t useful = 1 + params.offsets[rows] / std::max<int64_t>(n, 1);
+  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>({threads, useful, rows}));
+  const auto chunk_row = [&](int64_t chunk) { return rows * chunk / chunks; };
+  std::vector<int64_t> cursors(static_cast<std::size_t>(chunks * n), 0);
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    int64_t* counts = cursors.data() + chunk * n;
+    const int64_t end = params.offsets[chunk_row(chunk + 1)];
+    for (int64_t e = params.offsets[chunk_row(chunk)]; e < end; ++e) counts[indices[e]] += !(values[e] <= 0);
+  });
+  groups.offsets.resize(static_cast<std::size_t>(n + 1));
+  int64_t total = 0;
+  for (int64_t f = 0; f < n; ++f) {
+    groups.offsets[f] = total;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t count = cursors[chunk * n + f];
+      cursors[chunk * n + f] = total;
+      total += count;
+    }
+    params.counts[f] = total - groups.offsets[f];
+  }
+  groups.offsets[n] = total;
+  groups.entries = groups.buffer.get<StepEntry>(std::max<int64_t>(total, 1));
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    int64_t* next = cursors.data() + chunk * n;
+    for (int64_t row = chunk_row(chunk); row < chunk_row(chunk + 1); ++row) {
+      for (int64_t e = params.offsets[row]; e < params.offsets[row + 1]; ++e) {
+        if (!(values[e] <= 0)) {
+          groups.entries[next[indices[e]]++] = {static_cast<int32_t>(row), values[e], gradients[e]};
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void sparse_training_step(const SparseTrainingStepParams& params) {
+  const int64_t rows = params.x.rows, d = params.x.cols, n = params.weight_dec.rows;
+  const int64_t entries = params.offsets[rows], padded = panel_count(d) * kPanelColumns;
+  const std::vector<float> bias_dec = widened(params.bias_dec);
+  const std::vector<int32_t> converted = indices32(params.indices, entries);
+  const int32_t* indices = converted.empty() ? static_cast<const int32_t*>(params.indices.data) : converted.data();
+  const bool plain = params.values.dtype == DType::kFloat32 && params.values.stride == 1;
+  Vector all_values = params.values;
+  all_values.size = entries;
+  const std::vector<float> wide_values = plain ? std::vector<float>() : widened(all_values);
+  const float* values = plain ? static_cast<const float*>(params.values.data) : wide_values.data();
+  const int threads = useful_threads(params.threads, (4 * entries + n) * d);
+
+  ScratchBuffer panel_buffer, gradient_buffer;
+  StepPanels panels;
+  panels.data = panel_buffer.get<float>(2 * rows * padded);
+  panels.rows = rows;
+  panels.d = d;
+  float* gradients = gradient_buffer.get<float>(std::max<int64_t>(entries, 1));
+
+  const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
+  std::vector<float> residual_sums(static_cast<std::size_t>(row_blocks * padded), 0.0f);
+  std::vector<double> squares(static_cast<std::size_t>(row_blocks)), activations(squares.size());
+  parallel_for(row_blocks, threads, [&](int64_t block) {
+    StepRowsTask task;
+    task.row_begin = block * kBlockRows;
+    task.row_end = std::min(task.row_begin + kBlockRows, rows);
+    task.x = params.x;
+    task.offsets = params.offsets;
+    task.indices = indices;
+    task.values = values;
+    task.weight_dec = params.weight_dec;
+    task.bias_dec = bias_dec.empty() ? nullptr : bias_dec.data();
+    task.scale = params.scale;
+    task.penalty = params.penalty;
+    task.panels = panels;
+    task.entry_gradients = gradients;
+    task.residual = params.residual;
+    task.residual_sum = residual_sums.data() + block * padded;
+    active_kernels().step_rows(task);
+    squares[block] = task.squared_sum;
+    for (int64_t e = params.offsets[task.row_begin]; e < params.offsets[task.row_end]; ++e) {
+      activations[block] += values[e];
+    }
+  });
+  params.sums[0] = params.sums[1] = 0;
+  for (int64_t block = 0; block < row_blocks; ++block) {
+    params.sums[0] += squares[block];
+    params.sums[1] += activations[block];
+  }
+
+  Grouping groups;
+  group_entries(params, indices, values, gradients, threads, groups);
+
+  const int64_t range = std::max(kMinRangeFeatures, (n + kMaxFeatureRanges - 1) / kMaxFeatureRanges);
+  const int64_t ranges = (n + range - 1) / range, n_panels = panel_count(d);
+  std::vector<float> bias_parts(static_cast<std::size_t>(ranges * padded));
+  // All features of a panel before the next one: the panel stays in cache.
+  parallel_for(n_panels * ranges, threads, [&](int64_t part) {
+    StepGroupsTask task;
+    task.panel = part / ranges;
+    task.feature_begin = part % ranges * range;
+    task.feature_end = std::min(task.feature_begin + range, n);
+    task.group_offsets = groups.offsets.data();
+    task.entries = groups.entries;
+    task.panels = panels;
+    task.scale = params.scale;
+    task.weight_enc = params.weight_enc;
+    task.grad_weight_enc = params.grad_weight_enc;
+    task.grad_weight_dec = params.grad_weight_dec;
+    task.grad_bias_enc = params.grad_bias_enc;
+    task.bias_part = bias_parts.data() + part * kPanelColumns;
+    active_kernels().step_groups(task);
+  });
+
+  for (int64_t j = 0; j < d; ++j) {
+    double residual = 0, encoder = 0;
+    for (int64_t block = 0; block < row_blocks; ++block) residual += residual_sums[block * padded + j];
+    for (int64_t part = 0; part < ranges; ++part) {
+      encoder += bias_parts[(j / kPanelColumns * ranges + part) * kPanelColumns + j % kPanelColumns];
+    }
+    store_element(params.residual.dtype, params.grad_bias_dec, j, static_cast<float>(params.scale * residual - encoder));
+  }
+}
+
+}  // namespace saerec
