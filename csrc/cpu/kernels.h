@@ -105,9 +105,9 @@ struct GroupedSumTask {
   void* out_sum = nullptr;
 };
 
-// Residuals and centred hidden states of a training step as padded float32 panels of kPanelColumns columns, which stay
-// in the second-level cache while the entries of all features gather their rows. In panel c a row holds its residual,
-// then its hidden state less the decoder's bias, each panel_width(d, c) long; columns past d are zero.
+// Matrices of a training step as float32 panels of kPanelColumns columns: all rows of a panel before the next panel, so
+// that the panel stays in the second-level cache while rows of it are gathered. Columns past d are zero, up to
+// panel_width(d, panel).
 constexpr int64_t kPanelColumns = 64;
 constexpr int64_t kPanelAlignment = 16;  // a vector of the widest tier
 
@@ -117,32 +117,32 @@ static inline int64_t panel_width(int64_t d, int64_t panel) {
   return columns >= kPanelColumns ? kPanelColumns : (columns + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 }
 
-struct StepPanels {
-  float* data = nullptr;
-  int64_t rows = 0;
-  int64_t d = 0;
+struct PackTask {
+  Matrix matrix;
+  int64_t panel = 0;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  float* out = nullptr;  // (matrix.rows, panel_width): the panel
 };
 
-static inline float* panel_row(const StepPanels& panels, int64_t panel, int64_t row) {
-  return panels.data + panel * kPanelColumns * 2 * panels.rows + row * 2 * panel_width(panels.d, panel);
-}
-
-// Rows [row_begin, row_end) of a training step: reconstruction, residual, gradients of the entries.
+// One panel of rows [row_begin, row_end) of a training step: reconstruction, residual, dot products of the entries.
 struct StepRowsTask {
+  int64_t panel = 0;
   int64_t row_begin = 0;
   int64_t row_end = 0;
   Matrix x;  // all rows
   const int64_t* offsets = nullptr;
   const int32_t* indices = nullptr;
   const float* values = nullptr;
-  Matrix weight_dec;
-  const float* bias_dec = nullptr;  // (d) or absent
+  const float* weight = nullptr;  // this panel's first column of W_dec
+  int64_t weight_stride = 0;
+  const float* bias_dec = nullptr;  // (panel_count * kPanelColumns), zero past d
   float scale = 1;
   float penalty = 0;
-  StepPanels panels;
-  float* entry_gradients = nullptr;
+  float* states = nullptr;  // this panel; a row holds its residual, then x less the bias, each panel_width long
+  float* entry_gradients = nullptr;  // the dot products so far, after the last panel the gradients
   Matrix residual;
-  float* residual_sum = nullptr;  // (panel_count * kPanelColumns), of these rows; starts at zero
+  float* residual_sum = nullptr;  // (panel_width): of these rows; starts at zero
   double squared_sum = 0;         // of these rows
 };
 
@@ -159,7 +159,7 @@ struct StepGroupsTask {
   int64_t feature_end = 0;
   const int64_t* group_offsets = nullptr;  // (n + 1)
   const StepEntry* entries = nullptr;      // grouped by feature, in row order
-  StepPanels panels;
+  const float* states = nullptr;           // as StepRowsTask
   float scale = 1;
   Matrix weight_enc;
   Matrix grad_weight_enc;
@@ -195,6 +195,7 @@ struct Kernels {
   void (*decode_rows)(const DecodeTask&);
   void (*dot_rows)(const DotTask&);
   void (*sum_groups)(const GroupedSumTask&);
+  void (*pack_panel)(const PackTask&);
   void (*step_rows)(StepRowsTask&);
   void (*step_groups)(const StepGroupsTask&);
   void (*adam_rows)(const AdamTask&);

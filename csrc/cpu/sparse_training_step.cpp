@@ -1,7 +1,7 @@
 #include "saerec/sparse_training_step.h"
 
 #include <algorithm>
-#include <memory>
+#include <cstddef>
 #include <vector>
 
 #include "convert.h"
@@ -16,6 +16,9 @@ namespace {
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kMaxFeatureRanges = 256;
 constexpr int64_t kMinRangeFeatures = 16;
+constexpr int64_t kPackRows = 512;
+constexpr int64_t kPackReuse = 4;
+constexpr std::size_t kKeptBytes = std::size_t{64} << 20;
 
 std::vector<int32_t> indices32(const IndexArray& indices, int64_t entries) {
   std::vector<int32_t> copy;
@@ -29,12 +32,19 @@ std::vector<int32_t> indices32(const IndexArray& indices, int64_t entries) {
 // contiguous chunks of rows, so that the order does not depend on their number.
 struct Grouping {
   std::vector<int64_t> offsets;  // (n + 1)
-  ScratchBuffer buffer;
   StepEntry* entries = nullptr;
 };
 
+// Kept by the calling thread between steps up to a size: faulting fresh pages in costs as much as the step's arithmetic.
+struct Workspace {
+  ScratchBuffer states, weight, gradients, entries;
+  void trim() {
+    for (ScratchBuffer* buffer : {&states, &weight, &gradients, &entries}) buffer->release_above(kKeptBytes);
+  }
+};
+
 void group_entries(const SparseTrainingStepParams& params, const int32_t* indices, const float* values,
-                   const float* gradients, int threads, Grouping& groups) {
+                   const float* gradients, int threads, ScratchBuffer& buffer, Grouping& groups) {
   const int64_t rows = params.x.rows, n = params.weight_dec.rows;
   // Each chunk has n counters of its own, which must not cost more than its entries.
   const int64_t useful = 1 + params.offsets[rows] / std::max<int64_t>(n, 1);
@@ -58,7 +68,7 @@ void group_entries(const SparseTrainingStepParams& params, const int32_t* indice
     params.counts[f] = total - groups.offsets[f];
   }
   groups.offsets[n] = total;
-  groups.entries = groups.buffer.get<StepEntry>(std::max<int64_t>(total, 1));
+  groups.entries = buffer.get<StepEntry>(std::max<int64_t>(total, 1));
   parallel_for(chunks, threads, [&](int64_t chunk) {
     int64_t* next = cursors.data() + chunk * n;
     for (int64_t row = chunk_row(chunk); row < chunk_row(chunk + 1); ++row) {
@@ -76,7 +86,8 @@ void group_entries(const SparseTrainingStepParams& params, const int32_t* indice
 void sparse_training_step(const SparseTrainingStepParams& params) {
   const int64_t rows = params.x.rows, d = params.x.cols, n = params.weight_dec.rows;
   const int64_t entries = params.offsets[rows], padded = panel_count(d) * kPanelColumns;
-  const std::vector<float> bias_dec = widened(params.bias_dec);
+  std::vector<float> bias_dec = widened(params.bias_dec);
+  bias_dec.resize(static_cast<std::size_t>(padded), 0.0f);
   const std::vector<int32_t> converted = indices32(params.indices, entries);
   const int32_t* indices = converted.empty() ? static_cast<const int32_t*>(params.indices.data) : converted.data();
   const bool plain = params.values.dtype == DType::kFloat32 && params.values.stride == 1;
@@ -86,38 +97,58 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
   const float* values = plain ? static_cast<const float*>(params.values.data) : wide_values.data();
   const int threads = useful_threads(params.threads, (4 * entries + n) * d);
 
-  ScratchBuffer panel_buffer, gradient_buffer;
-  StepPanels panels;
-  panels.data = panel_buffer.get<float>(2 * rows * padded);
-  panels.rows = rows;
-  panels.d = d;
-  float* gradients = gradient_buffer.get<float>(std::max<int64_t>(entries, 1));
+  const int64_t n_panels = panel_count(d);
+  static thread_local Workspace workspace;
+  float* states = workspace.states.get<float>(2 * rows * padded);
+  float* gradients = workspace.gradients.get<float>(std::max<int64_t>(entries, 1));
+  // Where the entries read the rows of W_dec often enough, a panel of them in the cache is worth the copy.
+  const bool in_place = params.weight_dec.dtype == DType::kFloat32 && d % kPanelAlignment == 0 &&
+                        (n_panels == 1 || entries < kPackReuse * n);
+  float* packed = in_place ? nullptr : workspace.weight.get<float>(n * padded);
 
   const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
   std::vector<float> residual_sums(static_cast<std::size_t>(row_blocks * padded), 0.0f);
-  std::vector<double> squares(static_cast<std::size_t>(row_blocks)), activations(squares.size());
-  parallel_for(row_blocks, threads, [&](int64_t block) {
-    StepRowsTask task;
-    task.row_begin = block * kBlockRows;
-    task.row_end = std::min(task.row_begin + kBlockRows, rows);
-    task.x = params.x;
-    task.offsets = params.offsets;
-    task.indices = indices;
-    task.values = values;
-    task.weight_dec = params.weight_dec;
-    task.bias_dec = bias_dec.empty() ? nullptr : bias_dec.data();
-    task.scale = params.scale;
-    task.penalty = params.penalty;
-    task.panels = panels;
-    task.entry_gradients = gradients;
-    task.residual = params.residual;
-    task.residual_sum = residual_sums.data() + block * padded;
-    active_kernels().step_rows(task);
-    squares[block] = task.squared_sum;
-    for (int64_t e = params.offsets[task.row_begin]; e < params.offsets[task.row_end]; ++e) {
-      activations[block] += values[e];
+  std::vector<double> squares(static_cast<std::size_t>(row_blocks), 0.0), activations(squares);
+  for (int64_t panel = 0; panel < n_panels; ++panel) {
+    const float* weight = static_cast<const float*>(params.weight_dec.data) + panel * kPanelColumns;
+    if (!in_place) {
+      weight = packed + panel * kPanelColumns * n;
+      parallel_for((n + kPackRows - 1) / kPackRows, threads, [&](int64_t part) {
+        PackTask task;
+        task.matrix = params.weight_dec;
+        task.panel = panel;
+        task.row_begin = part * kPackRows;
+        task.row_end = std::min(task.row_begin + kPackRows, n);
+        task.out = packed + panel * kPanelColumns * n;
+        active_kernels().pack_panel(task);
+      });
     }
-  });
+    parallel_for(row_blocks, threads, [&](int64_t block) {
+      StepRowsTask task;
+      task.panel = panel;
+      task.row_begin = block * kBlockRows;
+      task.row_end = std::min(task.row_begin + kBlockRows, rows);
+      task.x = params.x;
+      task.offsets = params.offsets;
+      task.indices = indices;
+      task.values = values;
+      task.weight = weight;
+      task.weight_stride = in_place ? params.weight_dec.row_stride : panel_width(d, panel);
+      task.bias_dec = bias_dec.data();
+      task.scale = params.scale;
+      task.penalty = params.penalty;
+      task.states = states + 2 * panel * kPanelColumns * rows;
+      task.entry_gradients = gradients;
+      task.residual = params.residual;
+      task.residual_sum = residual_sums.data() + block * padded + panel * kPanelColumns;
+      active_kernels().step_rows(task);
+      squares[block] += task.squared_sum;
+      if (panel > 0) return;
+      for (int64_t e = params.offsets[task.row_begin]; e < params.offsets[task.row_end]; ++e) {
+        activations[block] += values[e];
+      }
+    });
+  }
   params.sums[0] = params.sums[1] = 0;
   for (int64_t block = 0; block < row_blocks; ++block) {
     params.sums[0] += squares[block];
@@ -125,10 +156,10 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
   }
 
   Grouping groups;
-  group_entries(params, indices, values, gradients, threads, groups);
+  group_entries(params, indices, values, gradients, threads, workspace.entries, groups);
 
   const int64_t range = std::max(kMinRangeFeatures, (n + kMaxFeatureRanges - 1) / kMaxFeatureRanges);
-  const int64_t ranges = (n + range - 1) / range, n_panels = panel_count(d);
+  const int64_t ranges = (n + range - 1) / range;
   std::vector<float> bias_parts(static_cast<std::size_t>(ranges * padded));
   // All features of a panel before the next one: the panel stays in cache.
   parallel_for(n_panels * ranges, threads, [&](int64_t part) {
@@ -138,7 +169,7 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
     task.feature_end = std::min(task.feature_begin + range, n);
     task.group_offsets = groups.offsets.data();
     task.entries = groups.entries;
-    task.panels = panels;
+    task.states = states + 2 * task.panel * kPanelColumns * rows;
     task.scale = params.scale;
     task.weight_enc = params.weight_enc;
     task.grad_weight_enc = params.grad_weight_enc;
@@ -156,6 +187,7 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
     }
     store_element(params.residual.dtype, params.grad_bias_dec, j, static_cast<float>(params.scale * residual - encoder));
   }
+  workspace.trim();
 }
 
 }  // namespace saerec

@@ -177,15 +177,21 @@ def sparse_training_step(
     b_dec: Tensor | None,
     scale: float,
     penalty: float,
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Residual ``(R, d)``, sums float64 ``(2,)``, counts int64 ``(n,)``, gradients of W_enc, b_enc, W_dec, b_dec."""
+    """Sums float64 ``(2,)``, counts int64 ``(n,)``, residual ``(R, d)``, gradients of W_enc, b_enc, W_dec, b_dec.
+
+    ``out`` gives contiguous tensors for the last five: fresh memory of their size costs as much as the step.
+    """
     offsets, indices = offsets.contiguous(), indices.contiguous()
     x, W_enc, W_dec = _unit_columns(x), _unit_columns(W_enc), _unit_columns(W_dec)
     n, d = W_dec.shape
-    residual = torch.empty(x.shape, dtype=x.dtype)
     sums, counts = torch.empty(2, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
-    grad_W_enc, grad_W_dec = torch.empty((n, d), dtype=x.dtype), torch.empty((n, d), dtype=x.dtype)
-    grad_b_enc, grad_b_dec = torch.empty(n, dtype=x.dtype), torch.empty(d, dtype=x.dtype)
+    if out is None:
+        shapes = (x.shape, (n, d), (n,), (n, d), (d,))
+        residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = (torch.empty(s, dtype=x.dtype) for s in shapes)
+    else:
+        residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = out
     _C.sparse_training_step(
         _DTYPE[x.dtype],
         _matrix(x),
@@ -207,7 +213,7 @@ def sparse_training_step(
         grad_b_dec.data_ptr(),
         torch.get_num_threads(),
     )
-    return residual, sums, counts, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec
+    return sums, counts, residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec
 
 
 def largest_entries(offsets: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
