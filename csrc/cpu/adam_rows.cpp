@@ -80,8 +80,7 @@ void adam_rows(const AdamTask& task) {
       continue;
     }
     Vec dot = zero();
-    for_vectors(cols,
-                [&](int64_t j, auto get, auto) { dot = fmadd(get(gradient + j), get(parameter + j), dot); });
+    for_vectors(cols, [&](int64_t j, auto get, auto) { dot = fmadd(get(gradient + j), get(parameter + j), dot); });
     const Vec along = set1(-reduce_add(dot));
     Vec squares = zero();
     for_vectors(cols, [&](int64_t j, auto get, auto put) {

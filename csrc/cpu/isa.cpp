@@ -17,10 +17,9 @@
 #undef SAEREC_TIER
 #endif
 
-#define SAEREC_TIER_KERNELS(tier)                                                  \
-  {tier::sweep_topk,  tier::finish_topk, tier::sweep_threshold, tier::sweep_dense, \
-   tier::decode_rows, tier::dot_rows,    tier::sum_groups,  tier::pack_panel,      \
-   tier::step_rows,   tier::step_groups, tier::adam_rows}
+#define SAEREC_TIER_KERNELS(tier)                                                                                    \
+  {tier::sweep_topk, tier::finish_topk, tier::sweep_threshold, tier::sweep_dense, tier::decode_rows, tier::dot_rows, \
+   tier::sum_groups, tier::pack_panel,  tier::step_rows,       tier::step_groups, tier::adam_rows}
 
 namespace saerec {
 

@@ -35,7 +35,8 @@ struct Grouping {
   StepEntry* entries = nullptr;
 };
 
-// Kept by the calling thread between steps up to a size: faulting fresh pages in costs as much as the step's arithmetic.
+// Kept by the calling thread between steps up to a size: faulting fresh pages in costs as much as the step's
+// arithmetic.
 struct Workspace {
   ScratchBuffer states, weight, gradients, entries;
   void trim() {
@@ -185,7 +186,8 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
     for (int64_t part = 0; part < ranges; ++part) {
       encoder += bias_parts[(j / kPanelColumns * ranges + part) * kPanelColumns + j % kPanelColumns];
     }
-    store_element(params.residual.dtype, params.grad_bias_dec, j, static_cast<float>(params.scale * residual - encoder));
+    store_element(params.residual.dtype, params.grad_bias_dec, j,
+                  static_cast<float>(params.scale * residual - encoder));
   }
   workspace.trim();
 }

@@ -1,11 +1,12 @@
-// The two passes of a training step over gathered rows: rows of W_dec per hidden state (reconstruction, then the entries'
-// gradients while those rows are in cache), then rows of the panels per feature (gradients of both weight matrices in one
-// pass). Compiled once per tier.
+// The two passes of a training step over gathered rows: rows of W_dec per hidden state (reconstruction, then the
+// entries' gradients while those rows are in cache), then rows of the panels per feature (gradients of both weight
+// matrices in one pass). Compiled once per tier.
 //
 // Floor per hidden state with k entries: 4 k d multiply-adds, each with a load (reconstruction, dot product, two weight
-// gradients), and 12 k d bytes from the second-level cache (rows of W_dec once, of the panels once; the dot products hit
-// the first level while k d <= 8192). At d = 64, k = 32, one AVX-512 core with two loads a cycle and 48 bytes a cycle
-// from the second level: 256 cycles of loads, 512 of transfers, and some 10 cycles an entry for the counting sort.
+// gradients), and 12 k d bytes from the second-level cache (rows of W_dec once, of the panels once; the dot products
+// hit the first level while k d <= 8192). At d = 64, k = 32, one AVX-512 core with two loads a cycle and 48 bytes a
+// cycle from the second level: 256 cycles of loads, 512 of transfers, and some 10 cycles an entry for the counting
+// sort.
 //
 // Accumulator: float32, chains of kChainEntries entries as in rows.cpp; dot products have one chain per lane.
 #include "kernels.h"
@@ -51,7 +52,8 @@ void store_columns(Element element, typename Element::Storage* row, int64_t colu
   }
 }
 
-// Sums kVectors vectors of rows of W_dec from column j of the panel; two chains, since one would wait for its additions.
+// Sums kVectors vectors of rows of W_dec from column j of the panel; two chains, since one would wait for its
+// additions.
 template <int kVectors>
 inline void decode_columns(const StepRowsTask& task, int64_t begin, int64_t end, int64_t j, Vec* sums) {
   for (int v = 0; v < kVectors; ++v) sums[v] = zero();
@@ -136,7 +138,8 @@ void gradient_row(const StepRowsTask& task, int64_t row) {
 // Sums of `value * residual` and `gradient * state` over a feature's entries: kVectors vectors of either from column j
 // of the panel. Returns the sum of the entries' gradients.
 template <int kVectors>
-inline float group_sums(const StepGroupsTask& task, int64_t begin, int64_t end, int64_t j, Vec* residuals, Vec* states) {
+inline float group_sums(const StepGroupsTask& task, int64_t begin, int64_t end, int64_t j, Vec* residuals,
+                        Vec* states) {
   const int64_t width = panel_width(task.grad_weight_dec.cols, task.panel), stride = 2 * width;
   const float* states_panel = task.states + j;
   float sum = 0.0f;

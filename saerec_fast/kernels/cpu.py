@@ -7,6 +7,7 @@ with any strides; all tensors of a call but thresholds, edit values and offsets 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ def sparse_training_step(
     b_dec: Tensor | None,
     scale: float,
     penalty: float,
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums float64 ``(2,)``, counts int64 ``(n,)``, residual ``(R, d)``, gradients of W_enc, b_enc, W_dec, b_dec.
 

@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from saerec_fast.api import decode_sparse, encode_topk
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
 from saerec_fast.sae.activation_store import ActivationStore, Batch
-from saerec_fast.sae.model import SparseAutoencoder, batch_topk_cut, surplus_ties
+from saerec_fast.sae.adam import Adam
+from saerec_fast.sae.model import SparseAutoencoder
+from saerec_fast.sae.step import training_step
 from saerec_fast.types import Activation, BatchTopK, ReLU, TopK
 
 ActivationKind = Literal["relu", "topk", "batch_topk"]
@@ -30,6 +31,8 @@ _CHECKPOINT_CONFIG = "checkpoint.json"
 _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _DECAY_SHARE = 0.2
 _THRESHOLD_MEMORY = 0.95
+# A ReLU step is dense while more than this share of the features was active in the step before.
+_DENSE_ABOVE = 0.1
 # Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -125,14 +128,14 @@ class SAETrainingConfig:
 class _StepResult(NamedTuple):
     """What one step saw, still on the device.
 
-    ``residual`` is ``ẑ − z`` ``(B, d)``; ``fired`` bool ``(n,)``; ``l0`` is the mean number of active features, or
-    ``None`` where it was not asked for; ``penalty`` is the part of the loss beside the squared error.
+    ``residual`` is ``ẑ − z`` ``(B, d)``; ``fired`` bool ``(n,)``; ``l0`` is the mean number of active features, of a
+    dense step only where it was asked for; ``penalty`` is the part of the loss beside the squared error.
     """
 
     residual: Tensor
     fired: Tensor
-    penalty: Tensor | float
-    l0: Tensor | float | None
+    penalty: Tensor
+    l0: Tensor | None
 
 
 def train_sae(
@@ -309,15 +312,14 @@ class _Trainer:
         self.sae.init_from(store, normalize=config.normalize)
         self.sae.to(device).train()
         self.mean, self.std = float(self.sae.mean), float(self.sae.std)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = Adam(self.sae, lr=config.learning_rate)
         self.rows_since_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)
         self.threshold = math.nan
         auxiliary_k = max(store.d_model // 2, 1) if config.auxiliary_k is None else config.auxiliary_k
         self.auxiliary_k = 0 if config.activation == "relu" else auxiliary_k
-        if config.activation == "topk":
-            self.backward: Callable[[Tensor, bool], _StepResult] = self._backward_topk
-        else:
-            self.backward = self._backward_dense
+        # Of a ReLU's last step; half of the features are active at first.
+        self.density = 1.0
+        if config.activation == "relu":
             self._allocate_dense()
 
     def rows(self) -> Iterator[Tensor]:
@@ -332,21 +334,20 @@ class _Trainer:
 
     def train_step(self, hidden: Tensor, logging: bool) -> dict[str, float] | None:
         """One optimiser step; returns a point of the curve if ``logging``. Overwrites ``hidden``."""
-        sae, config = self.sae, self.config
+        config = self.config
         z = hidden.to(self.device)
         if config.normalize:
             z.sub_(self.mean).mul_(1 / self.std)
-        result = self.backward(z, logging)
+        dense = config.activation == "relu" and self.density > _DENSE_ABOVE
+        result = self._backward_dense(z, logging) if dense else self._backward_sparse(z)
         dead = (self.rows_since_fired > config.dead_after).nonzero().squeeze(1)
         auxiliary = 0.0 if dead.numel() == 0 or self.auxiliary_k == 0 else self._add_auxiliary(z, result.residual, dead)
         self.rows_since_fired += z.shape[0]
         self.rows_since_fired.masked_fill_(result.fired, 0)
 
-        sae.remove_parallel_gradient_()
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.optimizer.step()
-        sae.normalize_decoder_()
         self.step += 1
         if not logging:
             return None
@@ -364,27 +365,28 @@ class _Trainer:
             "dead_fraction": float((self.rows_since_fired > config.dead_after).float().mean()),
         }
 
-    def _backward_topk(self, z: Tensor, logging: bool) -> _StepResult:
-        sae = self.sae
-        self.optimizer.zero_grad(set_to_none=True)
-        features = encode_topk(z, sae.W_enc, sae.b_enc, sae.b_dec, k=self.config.k)
-        residual = decode_sparse(features, sae.W_dec, sae.b_dec) - z
-        (residual.square().sum() / z.shape[0]).backward()
-        active = features.values.detach() > 0
-        fired = torch.zeros_like(self.rows_since_fired, dtype=torch.bool)
-        fired[features.indices[active].long()] = True
-        l0 = active.sum() / z.shape[0] if logging else None
-        return _StepResult(residual.detach(), fired, 0.0, l0)
+    def _backward_sparse(self, z: Tensor) -> _StepResult:
+        l1 = self.config.l1_at(self.step) if self.config.activation == "relu" else 0.0
+        result = training_step(self.sae, z, l1_coefficient=l1)
+        values = result.features.values
+        if self.config.activation == "batch_topk" and values.numel() > 0:
+            smallest = float(values.min())
+            if math.isnan(self.threshold):
+                self.threshold = smallest
+            else:
+                self.threshold = _THRESHOLD_MEMORY * self.threshold + (1 - _THRESHOLD_MEMORY) * smallest
+        n_active = result.counts.sum()
+        self.density = float(n_active) / (z.shape[0] * self.config.n_features)
+        return _StepResult(result.residual, result.counts > 0, l1 * result.l1, n_active / z.shape[0])
 
     def _allocate_dense(self) -> None:
         n, d = self.config.n_features, self.store.d_model
         self.chunk = min(max(_CHUNK_ELEMENTS // n, 32), self.batch_size)
-        held = self.batch_size if self.config.activation == "batch_topk" else self.chunk
 
         def buffer(*shape: int) -> Tensor:
             return torch.empty(shape, device=self.device)
 
-        self.activations, self.gradients = buffer(held, n), buffer(self.chunk, n)
+        self.activations, self.gradients = buffer(self.chunk, n), buffer(self.chunk, n)
         self.centred, self.residual, self.scaled = (buffer(self.batch_size, d) for _ in range(3))
         self.feature_sums = buffer(n)
         self.ones = torch.ones(self.batch_size, device=self.device)
@@ -393,10 +395,11 @@ class _Trainer:
 
     @torch.no_grad()
     def _backward_dense(self, z: Tensor, logging: bool) -> _StepResult:
-        """Loss and gradients of ``relu`` and ``batch_topk`` in dense products over chunks of rows.
+        """Loss and gradients of ``relu`` in dense products over chunks of rows.
 
         Early in training most features are active, so nothing is gained from sparsity; written out because autograd
-        makes about twice as many passes over the batch × dictionary activations, in fresh memory each.
+        makes about twice as many passes over the batch × dictionary activations, in fresh memory each. The density is
+        taken from the first chunk.
         """
         sae, config, size = self.sae, self.config, z.shape[0]
         W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in _PARAMETERS)
@@ -407,23 +410,15 @@ class _Trainer:
         self.feature_sums.zero_()
         torch.sub(z, b_dec, out=self.centred)
         chunks = [slice(first, min(first + self.chunk, size)) for first in range(0, size, self.chunk)]
-        whole_batch = config.activation == "batch_topk"
-        if whole_batch:
-            for rows in chunks:
-                torch.addmm(b_enc, self.centred[rows], W_enc.T, out=self.activations[rows])
-            self._activate_batch_topk()
-        l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
+        l1 = config.l1_at(self.step)
         l1_gradient = torch.full((1,), l1 / size, device=self.device)
         n_active = torch.zeros((), dtype=torch.int64, device=self.device)
         for rows in chunks:
             length = rows.stop - rows.start
             centred, residual, scaled = self.centred[rows], self.residual[rows], self.scaled[rows]
             ones, gradients = self.ones[rows], self.gradients[:length]
-            if whole_batch:
-                activations = self.activations[rows]
-            else:
-                activations = self.activations[:length]
-                torch.addmm(b_enc, centred, W_enc.T, out=activations).relu_()
+            activations = self.activations[:length]
+            torch.addmm(b_enc, centred, W_enc.T, out=activations).relu_()
             torch.addmm(centred, activations, W_dec, beta=-1, out=residual)
             torch.mul(residual, 2 / size, out=scaled)
             W_dec_grad.addmm_(activations.T, scaled)
@@ -433,35 +428,14 @@ class _Trainer:
             W_enc_grad.addmm_(gradients.T, centred)
             b_enc_grad.addmv_(gradients.T, ones)
             self.feature_sums.addmv_(activations.T, ones)
-            if logging:
+            if logging or rows.start == 0:
                 n_active += activations.count_nonzero()
+            if rows.start == 0:
+                self.density = float(n_active) / activations.numel()
         # b_dec is also subtracted before encoding: Σ_rows (∂/∂pre) W_enc, and the sum over rows is b_enc's gradient.
         b_dec_grad.addmv_(W_enc.T, b_enc_grad, alpha=-1)
         penalty = self.feature_sums.sum() * (l1 / size)
         return _StepResult(self.residual, self.feature_sums > 0, penalty, n_active / size if logging else None)
-
-    def _activate_batch_topk(self) -> None:
-        """Turn pre-activations into activations, in place: the positive ones of the ``k · B`` largest stay.
-
-        Updates the running threshold.
-        """
-        activations = self.activations
-        smallest, surplus = batch_topk_cut(activations, self.config.k)
-        if smallest > 0:
-            if surplus:
-                activations.view(-1)[surplus_ties(activations, smallest, surplus)] = 0
-            # "Greater than the number just below" is "at least", which torch has as one pass in place.
-            below = float(np.nextafter(np.float32(smallest), np.float32(0)))
-            torch.threshold_(activations, below, 0.0)
-        else:
-            positive = activations.relu_()[activations > 0]
-            if positive.numel() == 0:
-                return
-            smallest = float(positive.min())
-        if math.isnan(self.threshold):
-            self.threshold = smallest
-        else:
-            self.threshold = _THRESHOLD_MEMORY * self.threshold + (1 - _THRESHOLD_MEMORY) * smallest
 
     def _add_auxiliary(self, z: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """Add the auxiliary loss' gradients of the dead features; returns the loss, weighted.
@@ -498,7 +472,8 @@ class _Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         tensors["rows_since_fired"] = self.rows_since_fired
         tensors["step"] = torch.tensor(self.step)
-        tensors["threshold"] = torch.tensor(self.threshold, dtype=torch.float64)
+        for name in ("threshold", "density"):
+            tensors[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
         write_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def restore(self, path: Path) -> None:
@@ -517,6 +492,7 @@ class _Trainer:
             "rows_since_fired": self.rows_since_fired.shape,
             "step": torch.Size(),
             "threshold": torch.Size(),
+            "density": torch.Size(),
         }
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if found != expected:
@@ -532,6 +508,7 @@ class _Trainer:
         self.rows_since_fired.copy_(tensors["rows_since_fired"])
         self.step = int(tensors["step"])
         self.threshold = float(tensors["threshold"])
+        self.density = float(tensors["density"])
 
 
 def _activation(config: SAETrainingConfig, threshold: float | None) -> Activation:

@@ -22,9 +22,9 @@ struct SparseTrainingStepParams {
   float scale = 1;
   float penalty = 0;
   // Outputs: contiguous, in the dtype of x, every element written.
-  Matrix residual;         // (B, d)
-  Matrix grad_weight_enc;  // (n, d)
-  Matrix grad_weight_dec;  // (n, d)
+  Matrix residual;                // (B, d)
+  Matrix grad_weight_enc;         // (n, d)
+  Matrix grad_weight_dec;         // (n, d)
   void* grad_bias_enc = nullptr;  // (n)
   void* grad_bias_dec = nullptr;  // (d)
   int64_t* counts = nullptr;      // (n): entries of a feature whose activation is not <= 0
