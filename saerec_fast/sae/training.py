@@ -32,7 +32,7 @@ _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _DECAY_SHARE = 0.2
 _THRESHOLD_MEMORY = 0.95
 # A ReLU step is dense while more than this share of the features was active in the step before.
-_DENSE_ABOVE = 0.1
+_DENSE_ABOVE = 0.15
 # Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
 _CHUNK_ELEMENTS = 1 << 18
 
