@@ -105,19 +105,25 @@ struct GroupedSumTask {
   void* out_sum = nullptr;
 };
 
-// Matrices of a training step as float32 panels of kPanelColumns columns: all rows of a panel before the next panel, so
-// that the panel stays in the second-level cache while rows of it are gathered. Columns past d are zero, up to
-// panel_width(d, panel).
-constexpr int64_t kPanelColumns = 64;
+// Matrices of a training step as float32 panels of some columns: all rows of a panel before the next panel, so that the
+// panel stays in the second-level cache while rows of it are gathered. Columns past d are zero, up to panel_width.
 constexpr int64_t kPanelAlignment = 16;  // a vector of the widest tier
+constexpr int64_t kMaxPanelColumns = 64;
 
-static inline int64_t panel_count(int64_t d) { return (d + kPanelColumns - 1) / kPanelColumns; }
-static inline int64_t panel_width(int64_t d, int64_t panel) {
-  const int64_t columns = d - panel * kPanelColumns;
-  return columns >= kPanelColumns ? kPanelColumns : (columns + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
+struct Panels {
+  int64_t d = 0;
+  int64_t columns = kMaxPanelColumns;  // a multiple of kPanelAlignment
+};
+
+static inline int64_t panel_count(const Panels& panels) { return (panels.d + panels.columns - 1) / panels.columns; }
+static inline int64_t panel_width(const Panels& panels, int64_t panel) {
+  const int64_t columns = panels.d - panel * panels.columns;
+  return columns >= panels.columns ? panels.columns
+                                   : (columns + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 }
 
 struct PackTask {
+  Panels panels;
   Matrix matrix;
   int64_t panel = 0;
   int64_t row_begin = 0;
@@ -127,6 +133,7 @@ struct PackTask {
 
 // One panel of rows [row_begin, row_end) of a training step: reconstruction, residual, dot products of the entries.
 struct StepRowsTask {
+  Panels panels;
   int64_t panel = 0;
   int64_t row_begin = 0;
   int64_t row_end = 0;
@@ -136,7 +143,7 @@ struct StepRowsTask {
   const float* values = nullptr;
   const float* weight = nullptr;  // this panel's first column of W_dec
   int64_t weight_stride = 0;
-  const float* bias_dec = nullptr;  // (panel_count * kPanelColumns), zero past d
+  const float* bias_dec = nullptr;  // (panel_count * panels.columns), zero past d
   float scale = 1;
   float penalty = 0;
   float* states = nullptr;  // this panel; a row holds its residual, then x less the bias, each panel_width long
@@ -154,6 +161,7 @@ struct StepEntry {
 
 // Columns of one panel of the weight gradients of features [feature_begin, feature_end).
 struct StepGroupsTask {
+  Panels panels;
   int64_t panel = 0;
   int64_t feature_begin = 0;
   int64_t feature_end = 0;
@@ -165,7 +173,7 @@ struct StepGroupsTask {
   Matrix grad_weight_enc;
   Matrix grad_weight_dec;
   void* grad_bias_enc = nullptr;
-  float* bias_part = nullptr;  // (kPanelColumns): this panel's columns of sum_f grad_bias_enc[f] * W_enc[f]; written
+  float* bias_part = nullptr;  // (kMaxPanelColumns): this panel's columns of sum_f grad_bias_enc[f] * W_enc[f]; written
 };
 
 // Rows [row_begin, row_end) of an Adam step. Numbers are rounded to float32 where torch rounds them.

@@ -16,9 +16,18 @@ namespace {
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kMaxFeatureRanges = 256;
 constexpr int64_t kMinRangeFeatures = 16;
+constexpr int64_t kPanelBytes = int64_t{1} << 20;
 constexpr int64_t kPackRows = 512;
 constexpr int64_t kPackReuse = 4;
 constexpr std::size_t kKeptBytes = std::size_t{64} << 20;
+
+// Half as wide where only then a panel of W_dec fits a second-level cache of 2 MiB beside the rest.
+Panels panel_layout(int64_t n, int64_t d) {
+  Panels panels;
+  panels.d = d;
+  if (d > kMaxPanelColumns && n * kMaxPanelColumns * 4 > kPanelBytes) panels.columns = kMaxPanelColumns / 2;
+  return panels;
+}
 
 std::vector<int32_t> indices32(const IndexArray& indices, int64_t entries) {
   std::vector<int32_t> copy;
@@ -86,7 +95,8 @@ void group_entries(const SparseTrainingStepParams& params, const int32_t* indice
 
 void sparse_training_step(const SparseTrainingStepParams& params) {
   const int64_t rows = params.x.rows, d = params.x.cols, n = params.weight_dec.rows;
-  const int64_t entries = params.offsets[rows], padded = panel_count(d) * kPanelColumns;
+  const Panels panels = panel_layout(n, d);
+  const int64_t entries = params.offsets[rows], padded = panel_count(panels) * panels.columns;
   std::vector<float> bias_dec = widened(params.bias_dec);
   bias_dec.resize(static_cast<std::size_t>(padded), 0.0f);
   const std::vector<int32_t> converted = indices32(params.indices, entries);
@@ -98,7 +108,7 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
   const float* values = plain ? static_cast<const float*>(params.values.data) : wide_values.data();
   const int threads = useful_threads(params.threads, (4 * entries + n) * d);
 
-  const int64_t n_panels = panel_count(d);
+  const int64_t n_panels = panel_count(panels);
   static thread_local Workspace workspace;
   float* states = workspace.states.get<float>(2 * rows * padded);
   float* gradients = workspace.gradients.get<float>(std::max<int64_t>(entries, 1));
@@ -111,21 +121,23 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
   std::vector<float> residual_sums(static_cast<std::size_t>(row_blocks * padded), 0.0f);
   std::vector<double> squares(static_cast<std::size_t>(row_blocks), 0.0), activations(squares);
   for (int64_t panel = 0; panel < n_panels; ++panel) {
-    const float* weight = static_cast<const float*>(params.weight_dec.data) + panel * kPanelColumns;
+    const float* weight = static_cast<const float*>(params.weight_dec.data) + panel * panels.columns;
     if (!in_place) {
-      weight = packed + panel * kPanelColumns * n;
+      weight = packed + panel * panels.columns * n;
       parallel_for((n + kPackRows - 1) / kPackRows, threads, [&](int64_t part) {
         PackTask task;
+        task.panels = panels;
         task.matrix = params.weight_dec;
         task.panel = panel;
         task.row_begin = part * kPackRows;
         task.row_end = std::min(task.row_begin + kPackRows, n);
-        task.out = packed + panel * kPanelColumns * n;
+        task.out = packed + panel * panels.columns * n;
         active_kernels().pack_panel(task);
       });
     }
     parallel_for(row_blocks, threads, [&](int64_t block) {
       StepRowsTask task;
+      task.panels = panels;
       task.panel = panel;
       task.row_begin = block * kBlockRows;
       task.row_end = std::min(task.row_begin + kBlockRows, rows);
@@ -134,14 +146,14 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
       task.indices = indices;
       task.values = values;
       task.weight = weight;
-      task.weight_stride = in_place ? params.weight_dec.row_stride : panel_width(d, panel);
+      task.weight_stride = in_place ? params.weight_dec.row_stride : panel_width(panels, panel);
       task.bias_dec = bias_dec.data();
       task.scale = params.scale;
       task.penalty = params.penalty;
-      task.states = states + 2 * panel * kPanelColumns * rows;
+      task.states = states + 2 * panel * panels.columns * rows;
       task.entry_gradients = gradients;
       task.residual = params.residual;
-      task.residual_sum = residual_sums.data() + block * padded + panel * kPanelColumns;
+      task.residual_sum = residual_sums.data() + block * padded + panel * panels.columns;
       active_kernels().step_rows(task);
       squares[block] += task.squared_sum;
       if (panel > 0) return;
@@ -161,22 +173,23 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
 
   const int64_t range = std::max(kMinRangeFeatures, (n + kMaxFeatureRanges - 1) / kMaxFeatureRanges);
   const int64_t ranges = (n + range - 1) / range;
-  std::vector<float> bias_parts(static_cast<std::size_t>(ranges * padded));
+  std::vector<float> bias_parts(static_cast<std::size_t>(n_panels * ranges * kMaxPanelColumns));
   // All features of a panel before the next one: the panel stays in cache.
   parallel_for(n_panels * ranges, threads, [&](int64_t part) {
     StepGroupsTask task;
+    task.panels = panels;
     task.panel = part / ranges;
     task.feature_begin = part % ranges * range;
     task.feature_end = std::min(task.feature_begin + range, n);
     task.group_offsets = groups.offsets.data();
     task.entries = groups.entries;
-    task.states = states + 2 * task.panel * kPanelColumns * rows;
+    task.states = states + 2 * task.panel * panels.columns * rows;
     task.scale = params.scale;
     task.weight_enc = params.weight_enc;
     task.grad_weight_enc = params.grad_weight_enc;
     task.grad_weight_dec = params.grad_weight_dec;
     task.grad_bias_enc = params.grad_bias_enc;
-    task.bias_part = bias_parts.data() + part * kPanelColumns;
+    task.bias_part = bias_parts.data() + part * kMaxPanelColumns;
     active_kernels().step_groups(task);
   });
 
@@ -184,7 +197,7 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
     double residual = 0, encoder = 0;
     for (int64_t block = 0; block < row_blocks; ++block) residual += residual_sums[block * padded + j];
     for (int64_t part = 0; part < ranges; ++part) {
-      encoder += bias_parts[(j / kPanelColumns * ranges + part) * kPanelColumns + j % kPanelColumns];
+      encoder += bias_parts[(j / panels.columns * ranges + part) * kMaxPanelColumns + j % panels.columns];
     }
     store_element(params.residual.dtype, params.grad_bias_dec, j,
                   static_cast<float>(params.scale * residual - encoder));

@@ -84,7 +84,7 @@ float residual_row(Element element, const StepRowsTask& task, int64_t row) {
   using Storage = typename Element::Storage;
   const auto* x = static_cast<const Storage*>(task.x.data) + row * task.x.row_stride;
   auto* residual = static_cast<Storage*>(task.residual.data) + row * task.residual.row_stride;
-  const int64_t d = task.x.cols, width = panel_width(d, task.panel), first = task.panel * kPanelColumns;
+  const int64_t d = task.x.cols, width = panel_width(task.panels, task.panel), first = task.panel * task.panels.columns;
   float* states = task.states + row * 2 * width;
   Vec squares = zero();
   for_column_blocks(width, [&](int64_t j, auto vectors) {
@@ -109,8 +109,8 @@ float residual_row(Element element, const StepRowsTask& task, int64_t row) {
 // Adds this panel's part of <residual, W_dec[f]> to the row's entries, and turns the whole into their gradients.
 void gradient_row(const StepRowsTask& task, int64_t row) {
   const int64_t begin = task.offsets[row], end = task.offsets[row + 1];
-  const int64_t width = panel_width(task.x.cols, task.panel);
-  const bool last = task.panel + 1 == panel_count(task.x.cols);
+  const int64_t width = panel_width(task.panels, task.panel);
+  const bool last = task.panel + 1 == panel_count(task.panels);
   const float* residual = task.states + row * 2 * width;
   for (int64_t e = begin; e < end; e += 4) {
     const int64_t count = end - e < 4 ? end - e : 4;
@@ -140,7 +140,7 @@ void gradient_row(const StepRowsTask& task, int64_t row) {
 template <int kVectors>
 inline float group_sums(const StepGroupsTask& task, int64_t begin, int64_t end, int64_t j, Vec* residuals,
                         Vec* states) {
-  const int64_t width = panel_width(task.grad_weight_dec.cols, task.panel), stride = 2 * width;
+  const int64_t width = panel_width(task.panels, task.panel), stride = 2 * width;
   const float* states_panel = task.states + j;
   float sum = 0.0f;
   for (int v = 0; v < kVectors; ++v) residuals[v] = states[v] = zero();
@@ -176,7 +176,7 @@ float group_columns(Element element, const StepGroupsTask& task, int64_t feature
   auto* grad_enc = static_cast<Storage*>(task.grad_weight_enc.data) + feature * task.grad_weight_enc.row_stride;
   const auto* weight = static_cast<const Storage*>(task.weight_enc.data) + feature * task.weight_enc.row_stride;
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t column = task.panel * kPanelColumns + j + v * kLanes;
+    const int64_t column = task.panel * task.panels.columns + j + v * kLanes;
     store_columns(element, grad_dec, column, d, mul(scale, residuals[v]));
     store_columns(element, grad_enc, column, d, states[v]);
     if (begin == end) continue;
@@ -191,7 +191,7 @@ float group_columns(Element element, const StepGroupsTask& task, int64_t feature
 void pack_panel(const PackTask& task) {
   with_element(task.matrix.dtype, [&](auto element) {
     const auto* data = static_cast<const typename decltype(element)::Storage*>(task.matrix.data);
-    const int64_t width = panel_width(task.matrix.cols, task.panel), first = task.panel * kPanelColumns;
+    const int64_t width = panel_width(task.panels, task.panel), first = task.panel * task.panels.columns;
     for (int64_t row = task.row_begin; row < task.row_end; ++row) {
       for (int64_t j = 0; j < width; j += kLanes) {
         const Vec columns = load_columns(element, data + row * task.matrix.row_stride, first + j, task.matrix.cols);
@@ -212,8 +212,8 @@ void step_rows(StepRowsTask& task) {
 
 void step_groups(const StepGroupsTask& task) {
   with_element(task.grad_weight_dec.dtype, [&](auto element) {
-    const int64_t width = panel_width(task.grad_weight_dec.cols, task.panel);
-    for (int64_t j = 0; j < kPanelColumns; j += kLanes) store(F32{}, task.bias_part + j, zero());
+    const int64_t width = panel_width(task.panels, task.panel);
+    for (int64_t j = 0; j < kMaxPanelColumns; j += kLanes) store(F32{}, task.bias_part + j, zero());
     for (int64_t feature = task.feature_begin; feature < task.feature_end; ++feature) {
       float sum = 0.0f;
       for_column_blocks(width, [&](int64_t j, auto vectors) {

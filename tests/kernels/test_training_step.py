@@ -87,9 +87,9 @@ def test_rows_of_any_length(dtype: torch.dtype) -> None:
 
 
 def test_packed_and_unpacked_decoders() -> None:
-    # Two panels: few entries read the decoder in place, many a packed copy.
-    for k in (1, 40):
-        check(make_step(Case(128, 50, k, 100)))
+    # Several panels: few entries read the decoder in place, many a packed copy; above 4096 features panels are narrow.
+    for d, n, k, rows in [(128, 50, 1, 100), (128, 50, 40, 100), (130, 4100, 60, 300), (96, 4100, 2, 30)]:
+        check(make_step(Case(d, n, k, rows)))
 
 
 def test_reference_is_autograd_of_the_loss() -> None:
