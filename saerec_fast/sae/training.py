@@ -33,6 +33,8 @@ _DECAY_SHARE = 0.2
 _THRESHOLD_MEMORY = 0.95
 # A ReLU step is dense while more than this share of the features was active in the step before.
 _DENSE_ABOVE = 0.15
+# Rows of a dense step that tell its density: counting all of them would cost a tenth of the step.
+_DENSITY_ROWS = 32
 # Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -399,7 +401,7 @@ class _Trainer:
 
         Early in training most features are active, so nothing is gained from sparsity; written out because autograd
         makes about twice as many passes over the batch × dictionary activations, in fresh memory each. The density is
-        taken from the first chunk.
+        taken from the first rows.
         """
         sae, config, size = self.sae, self.config, z.shape[0]
         W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in _PARAMETERS)
@@ -428,10 +430,11 @@ class _Trainer:
             W_enc_grad.addmm_(gradients.T, centred)
             b_enc_grad.addmv_(gradients.T, ones)
             self.feature_sums.addmv_(activations.T, ones)
-            if logging or rows.start == 0:
+            if logging:
                 n_active += activations.count_nonzero()
             if rows.start == 0:
-                self.density = float(n_active) / activations.numel()
+                sample = activations[:_DENSITY_ROWS]
+                self.density = float(sample.count_nonzero()) / sample.numel()
         # b_dec is also subtracted before encoding: Σ_rows (∂/∂pre) W_enc, and the sum over rows is b_enc's gradient.
         b_dec_grad.addmv_(W_enc.T, b_enc_grad, alpha=-1)
         penalty = self.feature_sums.sum() * (l1 / size)
