@@ -112,6 +112,38 @@ def train(
 
 
 @app.command()
+def compare(
+    data: DataPath = "ml-100k",
+    out: Annotated[Path, typer.Option("--out", help="Folder of the folds and comparison.json.")] = Path(
+        "runs/comparison"
+    ),
+    folds: Annotated[int, typer.Option(help="Parts the users are dealt into; each is held out once.")] = 5,
+    targets: Annotated[int, typer.Option(help="Last items of a held-out user that are to be found.")] = 10,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Transformer, item-kNN and popularity, cross-validated over all but the test users, with the demo's settings."""
+    from saerec_fast.demo import run_comparison
+
+    result = run_comparison(
+        _resolve_data(data, quiet),
+        out,
+        n_folds=folds,
+        targets_per_user=targets,
+        seed=seed,
+        progress=not quiet,
+        say=lambda line: console.print(line, markup=False, highlight=False),
+    )
+    table = Table("recommender", "NDCG@10", "95 % interval", "the transformer's lead", "95 % interval")
+    for name, (value, low, high) in result["ndcg"].items():
+        lead = result["leads"].get(name)
+        over = (f"{lead[0]:+.3f}", f"{lead[1]:+.3f} to {lead[2]:+.3f}") if lead else ("", "")
+        table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}", *over)
+    console.print(table)
+    console.print(f"{result['n_users']} users, each held out once, {targets} targets each at most")
+
+
+@app.command()
 def sae(
     run: RunFolder = Path("runs/demo"),
     site: Annotated[str, typer.Option(help="embedding, block.0, mlp.0, …, last.")] = "block.0",

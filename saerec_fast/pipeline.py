@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from saerec_fast.data import Dataset, Split, common_attributes, describe, read_dataset, split_users
+from saerec_fast.data import (
+    Dataset,
+    Split,
+    common_attributes,
+    cross_validation_splits,
+    describe,
+    read_dataset,
+    split_users,
+)
 from saerec_fast.files import read_json, write_json
 from saerec_fast.interpret import FeatureStatistics, FeatureStatisticsResult, Summary, TopExamples, ratio
 from saerec_fast.interpret.control import control_curve, control_figures, evaluate_steered, valid_positions
@@ -33,6 +41,7 @@ from saerec_fast.recommender import (
     TransformerScorer,
     bootstrap_interval,
     collect,
+    cross_validate,
     evaluate,
     item_popularity,
     iterate_hidden,
@@ -62,6 +71,7 @@ _COMMANDS = {
 _LOADED = {
     "data": ("split", "popularity"),
     "recommender": ("model",),
+    "activations": ("site",),
     "sae": ("sae",),
     "interpretation": ("interpretation",),
 }
@@ -100,6 +110,9 @@ class RecommenderSettings:
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 1e-3
+    item_learning_rate: float = 1.0
+    item_init_stretch: int | None = None
+    position_initializer_range: float | None = None
     patience: int = 8
     seed: int = 0
 
@@ -254,32 +267,7 @@ class Run:
         """Train the transformer; compare it on the test users with popularity and item-kNN."""
 
         def compute(folder: Path) -> dict[str, Any]:
-            split = self.split
-            config = RecommenderConfig(
-                n_items=split.n_items,
-                d_model=settings.d_model,
-                n_layers=settings.n_layers,
-                n_heads=settings.n_heads,
-                max_length=settings.max_length,
-                dropout=settings.dropout,
-                item_dropout=settings.item_dropout,
-            )
-            model = train_recommender(
-                split,
-                config,
-                folder / "model",
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                patience=settings.patience,
-                seed=settings.seed,
-                progress=self.progress,
-            ).eval()
-            recommenders: dict[str, Recommend] = {
-                "transformer": TransformerScorer(model),
-                "item_knn": ItemKNNRecommender(split.train),
-                "popularity": PopularityRecommender(split.train),
-            }
+            recommenders = fit_recommenders(self.split, settings, folder / "model", progress=self.progress)
             measured = {name: self.evaluate(recommend) for name, recommend in recommenders.items()}
             ndcg = measured["transformer"].ndcg
             # Of the same users, so that the difference is known better than either of the two.
@@ -533,6 +521,95 @@ class Run:
         for later in STEPS[STEPS.index(step) :]:
             for attribute in _LOADED.get(later, ()):
                 self.__dict__.pop(attribute, None)
+
+
+def fit_recommenders(
+    split: Split, settings: RecommenderSettings, folder: Path, *, progress: bool = True
+) -> dict[str, Recommend]:
+    """The transformer, trained in ``folder`` or loaded from it, and the baselines, all from ``split.train``.
+
+    The validation users stop the transformer's training; the baselines have no use for them.
+    """
+    config = RecommenderConfig(
+        n_items=split.n_items,
+        d_model=settings.d_model,
+        n_layers=settings.n_layers,
+        n_heads=settings.n_heads,
+        max_length=settings.max_length,
+        dropout=settings.dropout,
+        item_dropout=settings.item_dropout,
+        position_initializer_range=settings.position_initializer_range,
+    )
+    model = train_recommender(
+        split,
+        config,
+        folder,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        item_learning_rate=settings.item_learning_rate,
+        item_init_stretch=settings.item_init_stretch,
+        patience=settings.patience,
+        seed=settings.seed,
+        progress=progress,
+    ).eval()
+    return {
+        "transformer": TransformerScorer(model),
+        "item_knn": ItemKNNRecommender(split.train),
+        "popularity": PopularityRecommender(split.train),
+    }
+
+
+def compare_recommenders(
+    data: DataSettings,
+    settings: RecommenderSettings,
+    folder: Path,
+    *,
+    n_folds: int = 5,
+    targets_per_user: int = 10,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Transformer, item-kNN and popularity by cross-validation over all users but the test users.
+
+    Nothing here looks at the test users, so that settings may be chosen by it. A comparison that was cut off goes on
+    with the fold and epoch it was at.
+
+    Args:
+        data: which data, and who the test users are.
+        settings: of the transformer.
+        folder: gets a sub-folder per fold, and ``comparison.json`` with what is returned.
+        n_folds: see :func:`saerec_fast.data.cross_validation_splits`; seeded by ``data.seed``.
+        targets_per_user: see :func:`saerec_fast.recommender.cross_validate`.
+        progress: show progress bars.
+        say: called with a line of text for every fold.
+
+    Returns:
+        :meth:`saerec_fast.recommender.Comparison.summary` of the transformer, with the settings.
+    """
+    users = split_users(
+        read_dataset(data.path),
+        test_share=data.test_share,
+        sae_share=data.sae_share,
+        validation_share=data.validation_share,
+        min_item_count=data.min_item_count,
+        seed=data.seed,
+    ).non_test
+
+    def fit(fold: int, split: Split) -> dict[str, Recommend]:
+        say(f"fold {fold + 1} of {n_folds}: {split.train.n_users} users train, {split.test.n_users} are held out")
+        return fit_recommenders(split, settings, folder / f"fold-{fold}", progress=progress)
+
+    splits = cross_validation_splits(users, n_folds=n_folds, validation_share=data.validation_share, seed=data.seed)
+    result = {
+        **cross_validate(splits, fit, targets_per_user=targets_per_user).summary("transformer"),
+        "n_folds": n_folds,
+        "targets_per_user": targets_per_user,
+        "data": asdict(data),
+        "recommender": asdict(settings),
+    }
+    write_json(folder / "comparison.json", result)
+    return result
 
 
 def _measured(metrics: Metrics) -> dict[str, Any]:

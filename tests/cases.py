@@ -1,4 +1,4 @@
-"""The sizes at which kernels are tested and timed: one table for tests/ and benchmarks/."""
+"""The sizes at which kernels are tested, and random inputs for tests/ and benchmarks/."""
 
 from __future__ import annotations
 
@@ -55,13 +55,6 @@ _SIZES = [
     (16, 1001, 16, 300),
 ]
 KERNEL_CASES = [Case(*sizes, dtype) for sizes in _SIZES for dtype in DTYPES]
-
-# A serving request, a request batch and an offline batch, at the dictionary sizes people train.
-BENCHMARK_CASES = [
-    Case(d, n, k, rows)
-    for d, n, k in [(64, 2048, 32), (128, 4096, 32), (256, 8192, 64), (64, 16384, 32)]
-    for rows in (1, 64, 4096)
-]
 
 
 def make_inputs(case: Case, seed: int = 0, scale: float = 1.0) -> Inputs:

@@ -118,6 +118,13 @@ def test_changed_settings_replace_a_step_and_those_after_it(copy: Path) -> None:
     assert run.saved_statistics("sae").n_features == 32
 
 
+def test_another_site_is_what_the_steps_after_it_use(copy: Path) -> None:
+    run = Run(copy, progress=False)
+    assert run.site == "embedding"
+    run.collect_activations(ActivationSettings("block.0", "non_test"))
+    assert run.site == "block.0"
+
+
 def test_a_step_that_was_cut_off_is_run_again(copy: Path) -> None:
     (copy / "interpretation" / "result.json").unlink()
     run = Run(copy, progress=False)
@@ -187,13 +194,29 @@ def test_each_command_works_on_the_artefacts_of_the_one_before(data: Path, tmp_p
     assert sorted(p.name for p in folder.iterdir()) == sorted(STEPS)
 
 
+def test_compare_holds_out_every_user_but_the_test_users(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=1)
+    monkeypatch.setattr(demo_module, "recommender_settings", lambda small_data, seed: small)
+    output = invoke("compare", "--data", data, "--out", tmp_path / "out", "--folds", 2, "--targets", 3, "--quiet")
+    assert "item_knn" in output
+    result = read_json(tmp_path / "out" / "comparison.json")
+    run = Run(tmp_path / "run")
+    run.prepare_data(demo_module.data_settings(str(data), True, 0))
+    assert result["n_users"] == run.split.non_test.n_users
+    assert result["ndcg"].keys() == {"transformer", "item_knn", "popularity"}
+    assert result["leads"].keys() == {"item_knn", "popularity"}
+    assert result["targets_per_user"] == 3
+
+
 def test_data_show_lists_counts_and_shares(data: Path) -> None:
     output = invoke("data", "show", data)
     assert "120" in output
     assert "attribute 0" in output
 
 
-@pytest.mark.parametrize("command", ["demo", "data", "train", "sae", "interpret", "steer", "recommend"])
+@pytest.mark.parametrize("command", ["demo", "compare", "data", "train", "sae", "interpret", "steer", "recommend"])
 def test_every_command_explains_itself(command: str) -> None:
     assert "--help" in invoke(command, "--help")
 

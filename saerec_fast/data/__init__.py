@@ -3,7 +3,7 @@
 from saerec_fast.data.dataset import Dataset, ItemTable, attribute_shares, common_attributes, describe
 from saerec_fast.data.download import DownloadError, download
 from saerec_fast.data.readers import read_dataset
-from saerec_fast.data.splits import Split, split_users
+from saerec_fast.data.splits import Split, cross_validation_splits, split_users
 from saerec_fast.data.synthetic import synthetic_dataset
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Split",
     "attribute_shares",
     "common_attributes",
+    "cross_validation_splits",
     "describe",
     "download",
     "read_dataset",

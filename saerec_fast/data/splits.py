@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,19 +179,67 @@ def split_users(
     groups = {"train": train, "validation": validation, "train_sae": train_sae, "test": test}
     parts = {name: kept.select_users(np.sort(members)) for name, members in groups.items()}
 
+    return _known_from_training(kept, parts, notes)
+
+
+def cross_validation_splits(
+    dataset: Dataset, *, n_folds: int = 5, validation_share: float = 0.05, seed: int = 0
+) -> Iterator[Split]:
+    """Splits in which every user is a test user once, so that all of ``dataset`` can be measured by held-out users.
+
+    The users are dealt at random into ``n_folds`` folds. Each in turn is ``test``; of the others, a random
+    ``validation_share`` decides when training stops and the rest trains. ``train_sae`` is empty. As in
+    :func:`split_users`, items that no training user of a fold has are dropped from that fold, and users who keep fewer
+    than 2 items with them.
+
+    Args:
+        dataset: all users there are.
+        n_folds: at least 2.
+        validation_share: in (0, 1), of the users outside the fold; at least one user.
+        seed: of the folds and of who validates. Equal arguments give equal splits.
+
+    Raises:
+        ValueError: an argument outside its range, or too few users for the folds.
+    """
+    if n_folds < 2:
+        raise ValueError(f"n_folds must be at least 2, got {n_folds}")
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share must lie between 0 and 1, got {validation_share}")
+    if dataset.n_users < max(n_folds, 4):
+        raise ValueError(f"{_number(dataset.n_users, 'user')} cannot be dealt into {n_folds} folds")
+    return _folds(dataset, n_folds, validation_share, np.random.default_rng(seed).permutation(dataset.n_users))
+
+
+def _folds(dataset: Dataset, n_folds: int, validation_share: float, order: np.ndarray) -> Iterator[Split]:
+    for fold in range(n_folds):
+        others = np.delete(order, np.s_[fold::n_folds])
+        n_validation = max(1, round(validation_share * len(others)))
+        groups = {
+            "train": others[n_validation:],
+            "validation": others[:n_validation],
+            "train_sae": others[:0],
+            "test": order[fold::n_folds],
+        }
+        parts = {name: dataset.select_users(np.sort(members)) for name, members in groups.items()}
+        yield _known_from_training(dataset, parts, [])
+
+
+def _known_from_training(kept: Dataset, parts: Mapping[str, Dataset], notes: list[str]) -> Split:
+    """Drop items no training user has and users left with fewer than 2; ``notes`` gets a sentence about each."""
+    present = np.bincount(kept.items, minlength=kept.n_items) > 0
     trained = np.zeros(kept.n_items, bool)
     trained[parts["train"].items] = True
-    n_unseen = int((frequent & ~trained & (counts > 0)).sum())
+    n_unseen = int((present & ~trained).sum())
     if n_unseen:
         lost = sum(int((~trained[part.items]).sum()) for part in parts.values())
         notes.append(f"Dropped {_number(n_unseen, 'item')} that no training user has ({_number(lost, 'interaction')}).")
     new_index = np.cumsum(trained) - 1
-    table = dataset.item_table.select(np.flatnonzero(trained))
+    table = kept.item_table.select(np.flatnonzero(trained))
     finished = {}
     for name, part in parts.items():
         part = _keep_items(part, trained)
         long_enough = np.flatnonzero(part.lengths >= 2)
-        if not len(long_enough):
+        if part.n_users and not len(long_enough):
             raise ValueError(f"no {name} user has 2 items that training users have too; the data are too small")
         if len(long_enough) < part.n_users:
             n_lost = part.n_users - len(long_enough)

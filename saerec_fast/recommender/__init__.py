@@ -2,6 +2,7 @@
 
 from saerec_fast.recommender.baselines import ItemKNNRecommender, PopularityRecommender
 from saerec_fast.recommender.collect import collect, iterate_hidden
+from saerec_fast.recommender.comparison import Comparison, cross_validate
 from saerec_fast.recommender.evaluation import (
     Metrics,
     TransformerScorer,
@@ -15,6 +16,7 @@ from saerec_fast.recommender.model import RecommenderConfig, SequenceRecommender
 from saerec_fast.recommender.training import EpochRecord, train_recommender
 
 __all__ = [
+    "Comparison",
     "EpochRecord",
     "ItemKNNRecommender",
     "Metrics",
@@ -24,6 +26,7 @@ __all__ = [
     "TransformerScorer",
     "bootstrap_interval",
     "collect",
+    "cross_validate",
     "evaluate",
     "hidden_of",
     "item_popularity",

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saerec_fast.data import Dataset, ItemTable, Split, split_users, synthetic_dataset
+from saerec_fast.data import Dataset, ItemTable, Split, cross_validation_splits, split_users, synthetic_dataset
 
 
 def dataset(sequences, first_times=None, n_items=None):
@@ -173,3 +173,38 @@ def test_parts_must_share_the_table():
     split = split_users(synthetic_dataset(80, 30, 3))
     with pytest.raises(ValueError, match="share one item table"):
         Split(split.train, split.validation, split.train_sae, synthetic_dataset(80, 30, 3), [])
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 5])
+def test_every_user_is_held_out_once(n_folds):
+    data = synthetic_dataset(60, 30, 2, seed=3, mean_length=15)
+    splits = list(cross_validation_splits(data, n_folds=n_folds, validation_share=0.1, seed=1))
+    assert len(splits) == n_folds
+    held_out = [user for split in splits for user in split.test.user_ids]
+    assert sorted(held_out) == sorted(data.user_ids)
+    for split in splits:
+        parts = [raw(part) for part in (split.train, split.validation, split.test)]
+        assert sum(map(len, parts)) == data.n_users
+        assert len({user for part in parts for user in part}) == data.n_users
+        assert split.train_sae.n_users == 0
+        assert split.validation.n_users == round(0.1 * (data.n_users - split.test.n_users))
+        assert len(np.unique(split.train.items)) == split.n_items
+
+
+def test_folds_follow_the_seed_and_drop_what_training_does_not_have():
+    data = dataset([[0, 1, 2], [0, 1, 3], [0, 1], [1, 0], [0, 1], [1, 0]])
+    first, again, other = (list(cross_validation_splits(data, n_folds=3, seed=seed)) for seed in (0, 0, 1))
+    assert [raw(split.test) for split in first] == [raw(split.test) for split in again]
+    assert [raw(split.test) for split in first] != [raw(split.test) for split in other]
+    assert any("no training user has" in note for split in first for note in split.notes)
+    for split in first:
+        assert set(np.unique(split.train.items)) == set(range(split.n_items))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"n_folds": 1}, "n_folds"), ({"validation_share": 0}, "validation_share"), ({"n_folds": 7}, "6 users")],
+)
+def test_unsound_folds(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cross_validation_splits(dataset([[0, 1]] * 6), **arguments)
