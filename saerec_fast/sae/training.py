@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,12 +31,6 @@ _CHECKPOINT_CONFIG = "checkpoint.json"
 _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _DECAY_SHARE = 0.2
 _THRESHOLD_MEMORY = 0.95
-# A ReLU step is dense while more than this share of the features was active in the step before.
-_DENSE_ABOVE = 0.15
-# Rows of a dense step that tell its density: counting all of them would cost a tenth of the step.
-_DENSITY_ROWS = 32
-# Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
-_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -125,19 +119,6 @@ class SAETrainingConfig:
         if unknown:
             raise ValueError(f"config: unknown keys {sorted(unknown)}")
         return cls(**data)
-
-
-class _StepResult(NamedTuple):
-    """What one step saw, still on the device.
-
-    ``residual`` is ``ẑ − z`` ``(B, d)``; ``fired`` bool ``(n,)``; ``l0`` is the mean number of active features, of a
-    dense step only where it was asked for; ``penalty`` is the part of the loss beside the squared error.
-    """
-
-    residual: Tensor
-    fired: Tensor
-    penalty: Tensor
-    l0: Tensor | None
 
 
 def train_sae(
@@ -319,10 +300,6 @@ class _Trainer:
         self.threshold = math.nan
         auxiliary_k = max(store.d_model // 2, 1) if config.auxiliary_k is None else config.auxiliary_k
         self.auxiliary_k = 0 if config.activation == "relu" else auxiliary_k
-        # Of a ReLU's last step; half of the features are active at first.
-        self.density = 1.0
-        if config.activation == "relu":
-            self._allocate_dense()
 
     def rows(self) -> Iterator[Tensor]:
         """The remaining steps' rows ``(B, d)``, each epoch in an order of its own."""
@@ -340,12 +317,14 @@ class _Trainer:
         z = hidden.to(self.device)
         if config.normalize:
             z.sub_(self.mean).mul_(1 / self.std)
-        dense = config.activation == "relu" and self.density > _DENSE_ABOVE
-        result = self._backward_dense(z, logging) if dense else self._backward_sparse(z)
+        l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
+        result = training_step(self.sae, z, l1_coefficient=l1)
+        if config.activation == "batch_topk" and result.features is not None:
+            self._follow_threshold(result.features.values)
         dead = (self.rows_since_fired > config.dead_after).nonzero().squeeze(1)
         auxiliary = 0.0 if dead.numel() == 0 or self.auxiliary_k == 0 else self._add_auxiliary(z, result.residual, dead)
         self.rows_since_fired += z.shape[0]
-        self.rows_since_fired.masked_fill_(result.fired, 0)
+        self.rows_since_fired.masked_fill_(result.counts > 0, 0)
 
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
@@ -353,92 +332,28 @@ class _Trainer:
         self.step += 1
         if not logging:
             return None
-        squared = float(result.residual.square().sum())
-        loss = squared / z.shape[0] + float(result.penalty) + float(auxiliary)
+        reconstruction = float(result.reconstruction_loss)
+        loss = reconstruction + l1 * float(result.l1) + float(auxiliary)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.step}: the loss is {loss}; a smaller learning rate may help")
         variance = float((z - z.mean(0)).square_().sum())
         return {
             "step": self.step,
             "loss": loss,
-            "reconstruction_loss": squared / z.shape[0],
-            "l0": float(result.l0 or 0),
-            "explained_variance": 1 - squared / variance if variance > 0 else 0.0,
+            "reconstruction_loss": reconstruction,
+            "l0": float(result.counts.sum()) / z.shape[0],
+            "explained_variance": 1 - reconstruction * z.shape[0] / variance if variance > 0 else 0.0,
             "dead_fraction": float((self.rows_since_fired > config.dead_after).float().mean()),
         }
 
-    def _backward_sparse(self, z: Tensor) -> _StepResult:
-        l1 = self.config.l1_at(self.step) if self.config.activation == "relu" else 0.0
-        result = training_step(self.sae, z, l1_coefficient=l1)
-        values = result.features.values
-        if self.config.activation == "batch_topk" and values.numel() > 0:
-            smallest = float(values.min())
-            if math.isnan(self.threshold):
-                self.threshold = smallest
-            else:
-                self.threshold = _THRESHOLD_MEMORY * self.threshold + (1 - _THRESHOLD_MEMORY) * smallest
-        n_active = result.counts.sum()
-        self.density = float(n_active) / (z.shape[0] * self.config.n_features)
-        return _StepResult(result.residual, result.counts > 0, l1 * result.l1, n_active / z.shape[0])
-
-    def _allocate_dense(self) -> None:
-        n, d = self.config.n_features, self.store.d_model
-        self.chunk = min(max(_CHUNK_ELEMENTS // n, 32), self.batch_size)
-
-        def buffer(*shape: int) -> Tensor:
-            return torch.empty(shape, device=self.device)
-
-        self.activations, self.gradients = buffer(self.chunk, n), buffer(self.chunk, n)
-        self.centred, self.residual, self.scaled = (buffer(self.batch_size, d) for _ in range(3))
-        self.feature_sums = buffer(n)
-        self.ones = torch.ones(self.batch_size, device=self.device)
-        for parameter in self.sae.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def _backward_dense(self, z: Tensor, logging: bool) -> _StepResult:
-        """Loss and gradients of ``relu`` in dense products over chunks of rows.
-
-        Early in training most features are active, so nothing is gained from sparsity; written out because autograd
-        makes about twice as many passes over the batch × dictionary activations, in fresh memory each. The density is
-        taken from the first rows.
-        """
-        sae, config, size = self.sae, self.config, z.shape[0]
-        W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in _PARAMETERS)
-        grads = [getattr(sae, name).grad for name in _PARAMETERS]
-        for gradient in grads:
-            gradient.zero_()
-        W_enc_grad, b_enc_grad, W_dec_grad, b_dec_grad = grads
-        self.feature_sums.zero_()
-        torch.sub(z, b_dec, out=self.centred)
-        chunks = [slice(first, min(first + self.chunk, size)) for first in range(0, size, self.chunk)]
-        l1 = config.l1_at(self.step)
-        l1_gradient = torch.full((1,), l1 / size, device=self.device)
-        n_active = torch.zeros((), dtype=torch.int64, device=self.device)
-        for rows in chunks:
-            length = rows.stop - rows.start
-            centred, residual, scaled = self.centred[rows], self.residual[rows], self.scaled[rows]
-            ones, gradients = self.ones[rows], self.gradients[:length]
-            activations = self.activations[:length]
-            torch.addmm(b_enc, centred, W_enc.T, out=activations).relu_()
-            torch.addmm(centred, activations, W_dec, beta=-1, out=residual)
-            torch.mul(residual, 2 / size, out=scaled)
-            W_dec_grad.addmm_(activations.T, scaled)
-            b_dec_grad.addmv_(scaled.T, ones)
-            torch.addmm(l1_gradient, scaled, W_dec.T, out=gradients)
-            torch.ops.aten.threshold_backward.grad_input(gradients, activations, 0, grad_input=gradients)
-            W_enc_grad.addmm_(gradients.T, centred)
-            b_enc_grad.addmv_(gradients.T, ones)
-            self.feature_sums.addmv_(activations.T, ones)
-            if logging:
-                n_active += activations.count_nonzero()
-            if rows.start == 0:
-                sample = activations[:_DENSITY_ROWS]
-                self.density = float(sample.count_nonzero()) / sample.numel()
-        # b_dec is also subtracted before encoding: Σ_rows (∂/∂pre) W_enc, and the sum over rows is b_enc's gradient.
-        b_dec_grad.addmv_(W_enc.T, b_enc_grad, alpha=-1)
-        penalty = self.feature_sums.sum() * (l1 / size)
-        return _StepResult(self.residual, self.feature_sums > 0, penalty, n_active / size if logging else None)
+    def _follow_threshold(self, selected: Tensor) -> None:
+        if selected.numel() == 0:
+            return
+        smallest = float(selected.min())
+        if math.isnan(self.threshold):
+            self.threshold = smallest
+        else:
+            self.threshold = _THRESHOLD_MEMORY * self.threshold + (1 - _THRESHOLD_MEMORY) * smallest
 
     def _add_auxiliary(self, z: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """Add the auxiliary loss' gradients of the dead features; returns the loss, weighted.
@@ -475,8 +390,7 @@ class _Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         tensors["rows_since_fired"] = self.rows_since_fired
         tensors["step"] = torch.tensor(self.step)
-        for name in ("threshold", "density"):
-            tensors[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
+        tensors["threshold"] = torch.tensor(self.threshold, dtype=torch.float64)
         write_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def restore(self, path: Path) -> None:
@@ -495,7 +409,6 @@ class _Trainer:
             "rows_since_fired": self.rows_since_fired.shape,
             "step": torch.Size(),
             "threshold": torch.Size(),
-            "density": torch.Size(),
         }
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if found != expected:
@@ -511,7 +424,6 @@ class _Trainer:
         self.rows_since_fired.copy_(tensors["rows_since_fired"])
         self.step = int(tensors["step"])
         self.threshold = float(tensors["threshold"])
-        self.density = float(tensors["density"])
 
 
 def _activation(config: SAETrainingConfig, threshold: float | None) -> Activation:

@@ -7,6 +7,7 @@ import torch
 
 from saerec_fast import ops
 from saerec_fast.sae import Adam, SparseAutoencoder, training_step
+from saerec_fast.sae import step as step_module
 from saerec_fast.types import BatchTopK, JumpReLU, ReLU, TopK
 
 D_MODEL, N_FEATURES = 20, 70
@@ -50,7 +51,8 @@ def test_gradients_are_those_of_autograd(activation, count, dtype):
     result = training_step(sae, z, l1_coefficient=0.1)
     features, residual, gradients = by_autograd(sae, z, 0.1)
     torch.testing.assert_close(result.residual, residual, rtol=1e-5, atol=1e-5)
-    assert torch.equal(result.features.indices, features.indices)
+    if result.features is not None:
+        assert torch.equal(result.features.indices, features.indices)
     active = features.indices[features.values > 0].long()
     assert torch.equal(result.counts, torch.bincount(active, minlength=N_FEATURES))
     size = max(count, 1)
@@ -61,6 +63,33 @@ def test_gradients_are_those_of_autograd(activation, count, dtype):
     kept = [parameter.grad for parameter in sae.parameters()]
     training_step(sae, z)
     assert all(parameter.grad is gradient for parameter, gradient in zip(sae.parameters(), kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dense_and_sparse_steps_agree(monkeypatch, dtype):
+    monkeypatch.setattr(step_module, "_CHUNK_ELEMENTS", N_FEATURES * 40)
+    sae, z = make(ReLU(), dtype), rows(100, dtype)
+    results = []
+    for bound in (0.0, 1.0):
+        monkeypatch.setattr(step_module, "_DENSE_ABOVE", bound)
+        results.append((training_step(sae, z, l1_coefficient=0.1), [p.grad.clone() for p in sae.parameters()]))
+    (dense, dense_gradients), (sparse, gradients) = results
+    assert dense.features is None
+    assert sparse.features is not None
+    for name in ("reconstruction_loss", "l1", "counts", "residual"):
+        torch.testing.assert_close(getattr(dense, name), getattr(sparse, name), rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(dense_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_relu_step_is_dense_above_a_density_only():
+    sae, z = make(ReLU()), rows(500)
+    for bias, dense in ((-3.0, False), (0.0, True), (-2.0, False)):
+        with torch.no_grad():
+            sae.b_enc.fill_(bias)
+        result = training_step(sae, z)
+        assert (result.features is None) == dense
+        assert (result.counts.sum() / (500 * N_FEATURES) > step_module._DENSE_ABOVE) == dense
 
 
 def test_steps_do_not_depend_on_torch_having_gradients_on():

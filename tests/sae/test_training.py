@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from saerec_fast import reference
-from saerec_fast.sae import ActivationStore, SAETrainingConfig, SparseAutoencoder, evaluate_sae, train_sae
+from saerec_fast.sae import (
+    ActivationStore,
+    SAETrainingConfig,
+    SparseAutoencoder,
+    evaluate_sae,
+    train_sae,
+    training_step,
+)
 from saerec_fast.sae import training as training_module
 from saerec_fast.types import BatchTopK, JumpReLU, ReLU, TopK
 
@@ -149,49 +156,6 @@ def test_resume_refuses_other_runs_and_damaged_checkpoints(store, tmp_path):
     train_sae(store, config_of("topk", steps=20, n_features=40), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_dense_and_sparse_steps_of_a_relu_agree(store, monkeypatch, normalize):
-    monkeypatch.setattr(training_module, "_CHUNK_ELEMENTS", 48 * 40)
-    config = config_of("relu", batch_size=100, l1_warmup_steps=0, normalize=normalize)
-    trainer = training_module._Trainer(store, config, torch.device("cpu"))
-    assert trainer.chunk == 40
-    with torch.no_grad():
-        trainer.sae.b_enc.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
-    sae = trainer.sae
-    z = (torch.from_numpy(store.hidden[:100].copy()) - sae.mean) / sae.std
-    expected = trainer._backward_dense(z, True)
-    expected = expected._replace(residual=expected.residual.clone())
-    dense_density = trainer.density
-    gradients = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
-    got = trainer._backward_sparse(z)
-    torch.testing.assert_close(got.residual, expected.residual, rtol=1e-4, atol=1e-4)
-    assert got.l0.item() == expected.l0.item() == pytest.approx(trainer.density * 48)
-    assert dense_density == pytest.approx(trainer.density, rel=0.2)  # of 32 of the 100 rows
-    assert torch.equal(got.fired, expected.fired)
-    assert got.penalty.item() == pytest.approx(expected.penalty.item(), rel=1e-5)
-    for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
-
-
-def test_a_relu_step_is_dense_above_a_measured_density_only(store, monkeypatch):
-    trainer = training_module._Trainer(store, config_of("relu", steps=30), torch.device("cpu"))
-    monkeypatch.setattr(training_module, "_DENSE_ABOVE", 0.3)
-    taken = []
-
-    def record(name):
-        step = getattr(trainer, name)
-        monkeypatch.setattr(trainer, name, lambda *args: (taken.append(name), step(*args))[1])
-
-    record("_backward_dense")
-    record("_backward_sparse")
-    densities = []
-    for hidden in trainer.rows():
-        densities.append(trainer.density)
-        trainer.train_step(hidden, False)
-    assert taken == ["_backward_dense" if density > 0.3 else "_backward_sparse" for density in densities]
-    assert set(taken) == {"_backward_dense", "_backward_sparse"}
-
-
 def reference_curve(store, config, steps):
     """The losses of a run whose every step is written in plain PyTorch: dense autograd, torch.optim.Adam."""
     trainer = training_module._Trainer(store, config, torch.device("cpu"))
@@ -270,7 +234,7 @@ def test_auxiliary_loss_is_the_error_rebuilt_by_dead_features(store):
     trainer = training_module._Trainer(store, config_of("topk", auxiliary_k=2), torch.device("cpu"))
     sae = trainer.sae
     z = torch.randn(30, D_MODEL, generator=torch.Generator().manual_seed(0))
-    residual = trainer._backward_sparse(z).residual
+    residual = training_step(sae, z).residual
     before = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
     dead = torch.tensor([1, 4, 40])
     loss = trainer._add_auxiliary(z, residual, dead)
