@@ -11,7 +11,7 @@ Raised by all: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from saerec_fast import ops, reference, validation
 from saerec_fast.backend import Backend, available_backends, resolve
 from saerec_fast.types import (
     Activation,
+    PackedWeights,
     Ragged,
     SparseFeatures,
     SteeringPlan,
@@ -28,6 +29,7 @@ from saerec_fast.types import (
     TopKResult,
     inference_threshold,
 )
+from saerec_fast.types.packed import source_of
 
 _kernels: Any = None
 if not available_backends()["cpu"]:
@@ -39,6 +41,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "linear_topk",
+    "pack_weights",
     "reconstruct",
     "steer",
 ]
@@ -51,6 +54,38 @@ def _run(name: str, *args: Any) -> Any:
     return getattr(torch.ops.saerec_fast, name)(*args)
 
 
+def pack_weights(weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
+    """Prepare encoder weights (or item embeddings) for many calls.
+
+    The CPU kernels screen scores with a copy of the weights in bytes. Batches of 16 rows and more make it on the fly, at
+    about the price of scoring a dozen rows; packed once, smaller batches are screened too.
+
+    Args:
+        weight: ``(n, d)`` on the CPU; float32, bfloat16 or float16.
+        bias: ``(n,)``, the one that will be given beside ``weight``.
+
+    Returns:
+        What the ops take as ``packed``, as long as neither tensor changes.
+
+    Raises:
+        ValueError: weights or bias that are not finite, or not on the CPU; no kernels here to pack for.
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        came = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight: expected a tensor (n, d), got {came}")
+    validation.check_hidden("weight", weight)
+    validation.check_bias("bias", bias, weight.shape[0], weight)
+    if resolve("cpu", weight) != "cpu" or _kernels is None:
+        raise ValueError("backend: weights are packed for the CPU kernels, which cannot run here")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    n, d = weight.shape
+    # Not as an inference tensor, even where inference_mode is on: a later call may save it for its backward.
+    with torch.inference_mode(False), torch.no_grad():
+        return PackedWeights(_kernels.pack(weight.detach(), bias), (n, d), source_of(weight, bias))
+
+
 def linear_topk(
     x: Tensor,
     weight: Tensor,
@@ -58,6 +93,7 @@ def linear_topk(
     *,
     k: int,
     exclude: Ragged | Sequence[Sequence[int] | Tensor] | None = None,
+    packed: PackedWeights | None = None,
     backend: Backend = "auto",
 ) -> TopKResult:
     """The k largest of ``x @ weight.T + bias`` per row, exact, without writing the ``(rows, n)`` scores.
@@ -69,6 +105,7 @@ def linear_topk(
         k: how many, 1 ≤ k ≤ n.
         exclude: per row (over the flattened batch) ids to leave out, as :class:`Ragged` or one sequence per row;
             for example the items a user has seen. Rows with fewer than k candidates left end in ``(-inf, -1)``.
+        packed: ``pack_weights(weight, bias)``, made once; results are the same without.
 
     Returns:
         values ``(..., k)`` in the dtype of x and indices int64 ``(..., k)``: descending, ties by smallest
@@ -80,11 +117,12 @@ def linear_topk(
     validation.check_k(k, weight.shape[0])
     batch_shape = x.shape[:-1]
     excluded = validation.check_exclude(exclude, batch_shape.numel(), x)
+    packed_bytes = validation.check_packed(packed, weight, bias)
     if resolve(backend, x) == "reference":
         validation.check_exclude_ids(excluded, weight.shape[0])
         return reference.linear_topk(x, weight, bias, k=k, exclude=excluded)
     offsets, ids = (None, None) if excluded is None else excluded
-    values, indices = _run("linear_topk", _flat(x), weight, bias, k, offsets, ids)
+    values, indices = _run("linear_topk", _flat(x), weight, bias, k, offsets, ids, packed_bytes)
     return TopKResult(values.view(*batch_shape, k), indices.view(*batch_shape, k))
 
 
@@ -95,17 +133,20 @@ def encode_topk(
     b_dec: Tensor | None,
     *,
     k: int,
+    packed: PackedWeights | None = None,
     backend: Backend = "auto",
 ) -> SparseFeatures:
     """Features of a top-k SAE: the k largest of ``W_enc (x − b_dec) + b_enc`` per row, then ReLU.
 
-    Exactly k entries a row, in descending order; entries the ReLU cut stay as zeros.
+    Exactly k entries a row, in descending order; entries the ReLU cut stay as zeros. ``packed``:
+    ``pack_weights(W_enc, b_enc)``, made once.
     """
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     validation.check_k(k, W_enc.shape[0])
+    packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     if resolve(backend, x) == "reference":
         return reference.encode_topk(x, W_enc, b_enc, b_dec, k=k)
-    values, indices = _run("encode_topk", _flat(x), W_enc, b_enc, b_dec, k)
+    values, indices = _run("encode_topk", _flat(x), W_enc, b_enc, b_dec, k, packed_bytes)
     batch_shape = x.shape[:-1]
     offsets = ops.uniform_offsets(batch_shape.numel(), k, x.device)
     return SparseFeatures(offsets, indices.view(-1), values.view(-1), W_enc.shape[0], tuple(batch_shape))
@@ -118,18 +159,21 @@ def encode_threshold(
     b_dec: Tensor | None,
     threshold: float | Tensor = 0.0,
     *,
+    packed: PackedWeights | None = None,
     backend: Backend = "auto",
 ) -> SparseFeatures:
     """Features whose pre-activation exceeds ``threshold`` (a number or ``(n,)``): 0 is a ReLU, others a JumpReLU.
 
     The number of entries depends on the data: under ``torch.compile(fullgraph=True)`` set
-    ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``. ``packed``: ``pack_weights(W_enc, b_enc)``, made
+    once.
     """
     validation.check_encoder(x, W_enc, b_enc, b_dec)
+    packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     bound = validation.check_threshold(threshold, W_enc.shape[0], x)
     if resolve(backend, x) == "reference":
         return reference.encode_threshold(x, W_enc, b_enc, b_dec, bound)
-    offsets, indices, values = _run("encode_threshold", _flat(x), W_enc, b_enc, b_dec, bound)
+    offsets, indices, values = _run("encode_threshold", _flat(x), W_enc, b_enc, b_dec, bound, packed_bytes)
     return SparseFeatures(offsets, indices, values, W_enc.shape[0], tuple(x.shape[:-1]))
 
 
@@ -151,9 +195,10 @@ def encode_features(
     n = W_enc.shape[0]
     if features.numel() and (int(features.min()) < 0 or int(features.max()) >= n):
         raise ValueError(f"features: ids go from 0 to {n - 1}, got {int(features.min())} to {int(features.max())}")
-    resolve(backend, x)
-    # m columns of a matmul: a dense product is the least work, whatever the backend.
-    return reference.encode_features(x, W_enc, b_enc, b_dec, bound, features)
+    if resolve(backend, x) == "reference":
+        return reference.encode_features(x, W_enc, b_enc, b_dec, bound, features)
+    out = _run("encode_features", _flat(x), W_enc, b_enc, b_dec, bound, features)
+    return out.view(*x.shape[:-1], features.shape[0])
 
 
 def decode_sparse(
@@ -182,10 +227,18 @@ def reconstruct(
     W_dec: Tensor,
     activation: Activation,
     *,
+    packed: PackedWeights | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Encode and decode: ``act(W_enc (x − b_dec) + b_enc) W_dec + b_dec``, ``(..., d)``."""
-    return steer(x, W_enc, b_enc, b_dec, W_dec, activation, SteeringPlan(mode="reconstruct"), backend=backend)
+    """Encode and decode in one kernel: ``act(W_enc (x − b_dec) + b_enc) W_dec + b_dec``, ``(..., d)``.
+
+    ``packed``: ``pack_weights(W_enc, b_enc)``, made once.
+    """
+    k, threshold = _check_autoencoder(x, W_enc, b_enc, b_dec, W_dec, activation)
+    packed_bytes = validation.check_packed(packed, W_enc, b_enc)
+    if resolve(backend, x) == "reference":
+        return reference.reconstruct(x, W_enc, b_enc, b_dec, W_dec, activation)
+    return _run("reconstruct", _flat(x), W_enc, b_enc, b_dec, W_dec, threshold, k, packed_bytes).view(x.shape)
 
 
 def steer(
@@ -199,6 +252,7 @@ def steer(
     *,
     strengths: Tensor | None = None,
     valid: Tensor | None = None,
+    packed: PackedWeights | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Encode, edit and decode hidden states in one kernel.
@@ -208,27 +262,17 @@ def steer(
         plan: the edits, their mode and positions.
         strengths: replace the plan's values; ``(m,)``, or broadcastable to ``(..., m)`` for strengths per row.
         valid: bool with the leading shape of x, False on padding, which is left untouched.
+        packed: ``pack_weights(W_enc, b_enc)``, made once; of use where the whole dictionary is encoded.
 
     Returns:
         ``(..., d)``, always a fresh tensor. Rows outside the plan's positions, and in delta mode rows whose edits
         change nothing, are the same bits as in x.
     """
-    validation.check_encoder(x, W_enc, b_enc, b_dec)
-    validation.check_weight("W_dec", W_dec, x)
-    if W_dec.shape != W_enc.shape:
-        raise ValueError(f"W_dec: expected shape {tuple(W_enc.shape)} like W_enc, got {tuple(W_dec.shape)}")
+    k, threshold = _check_autoencoder(x, W_enc, b_enc, b_dec, W_dec, activation)
     validation.check_plan(plan, W_enc.shape[0])
     batch_shape = x.shape[:-1]
     validation.check_strengths(strengths, plan, batch_shape, x)
-    k = 0
-    threshold: Tensor | None = None
-    if isinstance(activation, TopK):
-        k = activation.k
-        validation.check_k(k, W_enc.shape[0])
-    else:
-        bound = inference_threshold(activation)
-        assert bound is not None
-        threshold = validation.check_threshold(bound, W_enc.shape[0], x)
+    packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     if resolve(backend, x) == "reference":
         return reference.steer(x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid)
     mask = reference.steered_positions(plan, batch_shape, valid, x.device)
@@ -252,8 +296,39 @@ def steer(
         [ops.EDIT_CODES[edit.op] for edit in plan.edits],
         values,
         None if mask is None else mask.reshape(-1),
+        packed_bytes,
     )
     return out.view(x.shape)
+
+
+def _check_autoencoder(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, W_dec: Tensor, activation: Activation
+) -> tuple[int, Tensor | None]:
+    """Checks the parts of an SAE; ``k`` of a top-k (0 otherwise) and the threshold of the others."""
+    validation.check_encoder(x, W_enc, b_enc, b_dec)
+    validation.check_weight("W_dec", W_dec, x)
+    if W_dec.shape != W_enc.shape:
+        raise ValueError(f"W_dec: expected shape {tuple(W_enc.shape)} like W_enc, got {tuple(W_dec.shape)}")
+    if isinstance(activation, TopK):
+        validation.check_k(activation.k, W_enc.shape[0])
+        return activation.k, None
+    bound = inference_threshold(activation)
+    assert bound is not None  # only TopK has none
+    return 0, validation.check_threshold(bound, W_enc.shape[0], x)
+
+
+def bind_reconstruct(
+    W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, W_dec: Tensor, activation: Activation
+) -> Callable[[Tensor], Tensor] | None:
+    """:func:`reconstruct` with everything but ``x`` checked and fixed, without gradients; ``None`` where no kernel runs.
+
+    What it returns takes CPU tensors ``(..., d)`` of the weights' dtype, and trusts that they are.
+    """
+    k, threshold = _check_autoencoder(W_enc, W_enc, b_enc, b_dec, W_dec, activation)
+    if resolve("auto", W_enc) != "cpu" or _kernels is None or W_enc.stride(1) != 1:
+        return None
+    bound: Callable[[Tensor], Tensor] = _kernels.BoundReconstruct(W_enc, b_enc, b_dec, W_dec, threshold, k)
+    return bound
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -18,11 +18,16 @@ from saerec_fast.backend import available_backends
 _library = torch.library.Library("saerec_fast", "DEF")
 
 _SCHEMAS = {
-    "linear_topk": "(Tensor x, Tensor weight, Tensor? bias, int k, Tensor? exclude_offsets, Tensor? exclude_ids)"
+    "linear_topk": "(Tensor x, Tensor weight, Tensor? bias, int k, Tensor? exclude_offsets, Tensor? exclude_ids,"
+    " Tensor? packed=None) -> (Tensor, Tensor)",
+    "encode_topk": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? packed=None)"
     " -> (Tensor, Tensor)",
-    "encode_topk": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k) -> (Tensor, Tensor)",
-    "encode_threshold": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold)"
-    " -> (Tensor, Tensor, Tensor)",
+    "encode_threshold": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold,"
+    " Tensor? packed=None) -> (Tensor, Tensor, Tensor)",
+    "encode_features": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold, Tensor features)"
+    " -> Tensor",
+    "reconstruct": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor W_dec, Tensor? threshold, int k,"
+    " Tensor? packed=None) -> Tensor",
     "decode_sparse": "(Tensor offsets, Tensor indices, Tensor values, Tensor W_dec, Tensor? b_dec) -> Tensor",
     "sparse_dot": "(Tensor offsets, Tensor indices, Tensor rows, Tensor weight) -> Tensor",
     "sparse_weight_gradient": "(Tensor offsets, Tensor indices, Tensor coefficients, Tensor rows, Tensor? shift,"
@@ -31,7 +36,8 @@ _SCHEMAS = {
     " Tensor? b_dec, float scale, float penalty) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "largest_entries": "(Tensor offsets, Tensor values, int count) -> (Tensor, Tensor)",
     "steer": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor W_dec, Tensor? threshold, int k,"
-    " bool reconstruct, int[] features, int[] ops, Tensor values, Tensor? mask) -> Tensor",
+    " bool reconstruct, int[] features, int[] ops, Tensor values, Tensor? mask,"
+    " Tensor? packed=None) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,20 +57,32 @@ def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
 
 
 @torch.library.register_fake("saerec_fast::linear_topk", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Any, k: int, exclude_offsets: Any, exclude_ids: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Any, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
 @torch.library.register_fake("saerec_fast::encode_topk", lib=_library)
-def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int, packed: Any = None) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int32)
 
 
 @torch.library.register_fake("saerec_fast::encode_threshold", lib=_library)
-def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, packed: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
     entries = torch.library.get_ctx().new_dynamic_size()
     offsets = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
     return offsets, x.new_empty(entries, dtype=torch.int32), x.new_empty(entries)
+
+
+@torch.library.register_fake("saerec_fast::encode_features", lib=_library)
+def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], features.shape[0]))
+
+
+@torch.library.register_fake("saerec_fast::reconstruct", lib=_library)
+def _(x: Tensor, W_enc: Tensor, *args: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @torch.library.register_fake("saerec_fast::decode_sparse", lib=_library)
@@ -124,9 +142,18 @@ def _encoder_gradients(
 
 class _LinearTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, k: int, exclude_offsets: Any, exclude_ids: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Any,
+        k: int,
+        exclude_offsets: Any,
+        exclude_ids: Any,
+        packed: Any = None,
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            values, indices = _ops.linear_topk(x, weight, bias, k, exclude_offsets, exclude_ids)
+            values, indices = _ops.linear_topk(x, weight, bias, k, exclude_offsets, exclude_ids, packed)
         ctx.needs_encoder_grad = (*ctx.needs_input_grad[:3], False)
         ctx.save_for_backward(x, weight, indices)
         ctx.mark_non_differentiable(indices)
@@ -138,14 +165,14 @@ class _LinearTopK(torch.autograd.Function):
         x, weight, indices = ctx.saved_tensors
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
         grads = _encoder_gradients(ctx, offsets, indices.reshape(-1), grad_values.reshape(-1), x, weight, None)
-        return *grads[:3], None, None, None
+        return *grads[:3], None, None, None, None
 
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int) -> Any:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int, packed: Any = None) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            values, indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+            values, indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
         ctx.needs_encoder_grad = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x, W_enc, b_dec, indices, values)
         ctx.mark_non_differentiable(indices)
@@ -158,14 +185,16 @@ class _EncodeTopK(torch.autograd.Function):
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
         # "Not ≤", as the gradient of torch.relu: a NaN lets it pass.
         gradient = torch.where(values <= 0, 0, grad_values).reshape(-1)
-        return *_encoder_gradients(ctx, offsets, indices.reshape(-1), gradient, x, W_enc, b_dec), None
+        return *_encoder_gradients(ctx, offsets, indices.reshape(-1), gradient, x, W_enc, b_dec), None, None
 
 
 class _EncodeThreshold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, packed: Any = None
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            offsets, indices, values = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
+            offsets, indices, values = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
         ctx.needs_encoder_grad = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x, W_enc, b_dec, offsets, indices)
         ctx.mark_non_differentiable(offsets, indices)
@@ -175,7 +204,7 @@ class _EncodeThreshold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _offsets: Any, _indices: Any, grad_values: Tensor) -> Any:
         x, W_enc, b_dec, offsets, indices = ctx.saved_tensors
-        return *_encoder_gradients(ctx, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec), None
+        return *_encoder_gradients(ctx, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec), None, None
 
 
 class _DecodeSparse(torch.autograd.Function):
@@ -232,6 +261,52 @@ class _Steer(torch.autograd.Function):
         return tuple(results)
 
 
+def _reconstruct_differentiable(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    k: int,
+    packed: Tensor | None = None,
+) -> Any:
+    no_values = torch.empty(0, dtype=torch.float32, device=x.device)
+    return _Steer.apply(x, W_enc, b_enc, b_dec, W_dec, threshold, k, True, [], [], no_values, None, packed)
+
+
+class _EncodeFeatures(torch.autograd.Function):
+    """Gradients of a few features are those of the dense product that computes them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _ops.encode_features(x, W_enc, b_enc, b_dec, threshold, features)
+        ctx.needs = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(x, W_enc, b_dec, features, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, W_enc, b_dec, features, out = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_shift = ctx.needs
+        # An activation is 0 where it is off; one that is on is above a threshold >= 0.
+        grad = torch.where(out == 0, 0, grad)
+        chosen = W_enc.index_select(0, features)
+        grad_x = grad @ chosen if needs_x or needs_shift else None
+        grad_weight = grad_bias = None
+        if needs_weight:
+            rows = grad.T @ (x if b_dec is None else x - b_dec)
+            grad_weight = torch.zeros_like(W_enc).index_add_(0, features, rows)
+        if needs_bias:
+            grad_bias = W_enc.new_zeros(W_enc.shape[0]).index_add_(0, features, grad.sum(0))
+        grad_shift = -grad_x.sum(0) if needs_shift and grad_x is not None else None
+        return grad_x if needs_x else None, grad_weight, grad_bias, grad_shift, None, None
+
+
 def _steer_differentiable(
     x: Tensor,
     W_enc: Tensor,
@@ -245,6 +320,7 @@ def _steer_differentiable(
     ops: list[int],
     values: Tensor,
     mask: Tensor | None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """The fused op as a composition of differentiable ones."""
     slots = sorted(set(features))
@@ -256,12 +332,12 @@ def _steer_differentiable(
     sparse: tuple[Tensor, Tensor, Tensor] | None = None
     if k > 0:
         if needed or reconstruct:
-            top_values, top_indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+            top_values, top_indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
             sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
             columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
     elif reconstruct:
         assert threshold is not None
-        sparse = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
+        sparse = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
         offsets, indices, entries = sparse
         entry_rows = torch.arange(rows, device=x.device).repeat_interleave(offsets.diff(), output_size=indices.shape[0])
         for slot in needed:
@@ -324,4 +400,6 @@ _register_autograd("linear_topk", _LinearTopK.apply)
 _register_autograd("encode_topk", _EncodeTopK.apply)
 _register_autograd("encode_threshold", _EncodeThreshold.apply)
 _register_autograd("decode_sparse", _DecodeSparse.apply)
+_register_autograd("encode_features", _EncodeFeatures.apply)
+_register_autograd("reconstruct", _reconstruct_differentiable)
 _register_autograd("steer", _Steer.apply)

@@ -8,7 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from saerec_fast.types import Ragged, SteeringPlan
+from saerec_fast.types import PackedWeights, Ragged, SteeringPlan
+from saerec_fast.types.packed import source_of
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -57,6 +58,21 @@ def check_k(k: int, n: int) -> None:
         raise TypeError(f"k: expected an integer, got {type(k).__name__}")
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 <= k <= {n} (the number of features), got {k}")
+
+
+def check_packed(packed: PackedWeights | None, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bytes of packed weights, which must have been made from ``weight`` and ``bias`` as they are now."""
+    if packed is None:
+        return None
+    if not isinstance(packed, PackedWeights):
+        raise TypeError(f"packed: expected PackedWeights from pack_weights, got {type(packed).__name__}")
+    if packed.shape != tuple(weight.shape):
+        raise ValueError(f"packed: expected weights of shape {tuple(weight.shape)}, got {packed.shape}")
+    if packed.data.device != weight.device:
+        raise ValueError(f"packed: expected device {weight.device} like the weights, got {packed.data.device}")
+    if packed.source is not None and not torch.compiler.is_compiling() and packed.source != source_of(weight, bias):
+        raise ValueError("packed: the weights or the bias are other ones, or have changed since; pack them again")
+    return packed.data
 
 
 def check_threshold(threshold: float | Tensor, n: int, x: Tensor) -> Tensor:

@@ -8,10 +8,13 @@
 #include "../cpu/parallel.h"
 #include "saerec/adam.h"
 #include "saerec/decode_sparse.h"
+#include "saerec/encode_features.h"
 #include "saerec/encode_threshold.h"
 #include "saerec/isa.h"
 #include "saerec/largest_entries.h"
 #include "saerec/linear_topk.h"
+#include "saerec/packed.h"
+#include "saerec/reconstruct.h"
 #include "saerec/sparse_gradients.h"
 #include "saerec/sparse_training_step.h"
 #include "saerec/steer.h"
@@ -51,9 +54,28 @@ saerec::Vector vector(const py::object& view, int dtype) {
   return v;
 }
 
+// (address, bytes), or None.
+template <class Params>
+void set_packed(Params& params, const py::object& packed) {
+  if (packed.is_none()) return;
+  const py::tuple parts = packed.cast<py::tuple>();
+  params.packed = pointer<const void>(parts[0].cast<uintptr_t>());
+  params.packed_bytes = parts[1].cast<int64_t>();
+}
+
+void pack(int dtype, const py::tuple& weight, const py::object& bias, uintptr_t out, int threads) {
+  saerec::PackParams params;
+  params.weight = matrix(weight, dtype);
+  params.bias = vector(bias, dtype);
+  params.out = pointer<void>(out);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::pack(params);
+}
+
 void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const py::object& bias,
                  const py::object& shift, int64_t k, uintptr_t exclude_offsets, uintptr_t exclude_ids, bool relu,
-                 uintptr_t values, uintptr_t indices, int index_type, int threads) {
+                 uintptr_t values, uintptr_t indices, int index_type, const py::object& packed, int threads) {
   saerec::LinearTopKParams params;
   params.x = matrix(x, dtype);
   params.weight = matrix(weight, dtype);
@@ -66,6 +88,7 @@ void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const p
   params.values = pointer<void>(values);
   params.indices = pointer<void>(indices);
   params.index_type = static_cast<IndexType>(index_type);
+  set_packed(params, packed);
   params.threads = threads;
   const py::gil_scoped_release release;
   saerec::linear_topk(params);
@@ -73,16 +96,35 @@ void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const p
 
 std::unique_ptr<saerec::SparseRows> encode_threshold(int dtype, const py::tuple& x, const py::tuple& weight,
                                                      const py::object& bias, const py::object& shift,
-                                                     const py::tuple& thresholds, int threads) {
+                                                     const py::tuple& thresholds, const py::object& packed,
+                                                     int threads) {
   saerec::EncodeThresholdParams params;
   params.x = matrix(x, dtype);
   params.weight = matrix(weight, dtype);
   params.bias = vector(bias, dtype);
   params.shift = vector(shift, dtype);
   params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+  set_packed(params, packed);
   params.threads = threads;
   const py::gil_scoped_release release;
   return saerec::encode_threshold(params);
+}
+
+void encode_features(int dtype, const py::tuple& x, const py::tuple& weight, const py::object& bias,
+                     const py::object& shift, const py::tuple& thresholds, uintptr_t features, int64_t n_features,
+                     uintptr_t out, int threads) {
+  saerec::EncodeFeaturesParams params;
+  params.x = matrix(x, dtype);
+  params.weight = matrix(weight, dtype);
+  params.bias = vector(bias, dtype);
+  params.shift = vector(shift, dtype);
+  params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+  params.features = pointer<const int64_t>(features);
+  params.n_features = n_features;
+  params.out = pointer<void>(out);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::encode_features(params);
 }
 
 void decode_sparse(int dtype, uintptr_t offsets, uintptr_t indices, int index_type, const py::tuple& values,
@@ -133,7 +175,7 @@ void sparse_weight_gradient(int dtype, uintptr_t offsets, uintptr_t indices, int
 void steer(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
            const py::tuple& weight_dec, int64_t k, const py::object& thresholds, bool reconstruct, int64_t n_edits,
            uintptr_t edit_features, uintptr_t edit_ops, uintptr_t edit_values, int64_t edit_values_row_stride,
-           uintptr_t row_mask, const py::tuple& out, int threads) {
+           uintptr_t row_mask, const py::tuple& out, const py::object& packed, int threads) {
   saerec::SteerParams params;
   params.x = matrix(x, dtype);
   params.weight_enc = matrix(weight_enc, dtype);
@@ -150,6 +192,7 @@ void steer(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py:
   params.edit_values_row_stride = edit_values_row_stride;
   params.row_mask = pointer<const bool>(row_mask);
   params.out = matrix(out, dtype);
+  set_packed(params, packed);
   params.threads = threads;
   const py::gil_scoped_release release;
   saerec::steer(params);
@@ -217,6 +260,53 @@ void adam_step(uintptr_t parameter, uintptr_t gradient, uintptr_t exp_avg, uintp
   saerec::adam_step(params);
 }
 
+void reconstruct(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias,
+                 const py::object& shift, const py::tuple& weight_dec, int64_t k, const py::object& thresholds,
+                 const py::tuple& out, const py::object& packed, int threads) {
+  saerec::ReconstructParams params;
+  params.x = matrix(x, dtype);
+  params.weight_enc = matrix(weight_enc, dtype);
+  params.bias = vector(bias, dtype);
+  params.shift = vector(shift, dtype);
+  params.weight_dec = matrix(weight_dec, dtype);
+  params.k = k;
+  params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+  params.out = matrix(out, dtype);
+  set_packed(params, packed);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::reconstruct(params);
+}
+
+// A reconstruct call with everything but the batch fixed, for callers that count microseconds.
+class BoundReconstruct {
+ public:
+  BoundReconstruct(int dtype, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
+                   const py::tuple& weight_dec, int64_t k, const py::object& thresholds, const py::object& packed) {
+    params_.weight_enc = matrix(weight_enc, dtype);
+    params_.bias = vector(bias, dtype);
+    params_.shift = vector(shift, dtype);
+    params_.weight_dec = matrix(weight_dec, dtype);
+    params_.k = k;
+    params_.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+    set_packed(params_, packed);
+  }
+
+  // x has any strides, out (rows, d) is contiguous.
+  void run(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, uintptr_t out, int threads) const {
+    saerec::ReconstructParams params = params_;
+    const int64_t d = params.weight_enc.cols;
+    params.x = {pointer<void>(x), params.weight_enc.dtype, rows, d, row_stride, col_stride};
+    params.out = {pointer<void>(out), params.weight_enc.dtype, rows, d, d, 1};
+    params.threads = threads;
+    const py::gil_scoped_release release;
+    saerec::reconstruct(params);
+  }
+
+ private:
+  saerec::ReconstructParams params_;
+};
+
 const char* compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -231,11 +321,19 @@ const char* compiler() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of saerec_fast; saerec_fast.kernels.cpu is the only caller.";
+  module.def("packed_size", &saerec::packed_size);
+  module.def("pack", &pack);
   module.def("linear_topk", &linear_topk);
   module.def("encode_threshold", &encode_threshold);
+  module.def("encode_features", &encode_features);
   module.def("decode_sparse", &decode_sparse);
   module.def("sparse_dot", &sparse_dot);
   module.def("sparse_weight_gradient", &sparse_weight_gradient);
+  module.def("reconstruct", &reconstruct);
+  py::class_<BoundReconstruct>(module, "BoundReconstruct")
+      .def(py::init<int, const py::tuple&, const py::object&, const py::object&, const py::tuple&, int64_t,
+                    const py::object&, const py::object&>())
+      .def("run", &BoundReconstruct::run);
   module.def("steer", &steer);
   module.def("sparse_training_step", &sparse_training_step);
   module.def("largest_entries", &largest_entries);

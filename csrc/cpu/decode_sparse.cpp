@@ -19,7 +19,8 @@ void decode_sparse(const DecodeSparseParams& params) {
   parallel_for((rows + chunk_rows - 1) / chunk_rows, threads, [&](int64_t chunk) {
     const int64_t first = chunk * chunk_rows;
     DecodeTask task;
-    task.offsets = params.offsets + first;
+    task.begins = params.offsets + first;
+    task.ends = task.begins + 1;
     task.indices = params.indices;
     task.values = params.values;
     task.weight = params.weight;

@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "convert.h"
 #include "parallel.h"
 
 namespace saerec {
@@ -16,17 +17,29 @@ namespace {
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-SweepTask sweep_task(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
-                     int64_t end) {
-  SweepTask task;
+// Below this many rows packing, which costs about as much as scoring a dozen of them, does not pay.
+constexpr int64_t kMinRowsToPack = 16;
+// With fewer features to a selected one most of them would have to be scored anyway.
+constexpr int64_t kMinFeaturesPerSelected = 8;
+constexpr int64_t kMinFeaturesToScreen = 256;
+
+EncodeTask encode_task(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
+                       int64_t end) {
+  EncodeTask task;
   task.x = x;
   task.weight = weights.weight;
   task.bias = weights.bias;
   task.shift = weights.shift;
   task.feature_begin = begin;
   task.feature_end = end;
-  task.x_scratch = scratch.x.get<float>(x.rows * x.cols);
-  task.weight_scratch = scratch.weight.get<float>(round_up(x.cols, 16) * kFeatureBlock);
+  task.x_rows = scratch.x.get<float>(x.rows * x.cols);
+  if (weights.packed.codes != nullptr) {
+    task.packed = &weights.packed;
+    // The codes of the last row may overhang by a vector.
+    task.x_codes = scratch.codes.get<int8_t>(x.rows * 4 * weights.packed.quads + 64);
+    task.screens = scratch.screens.get<RowScreen>(x.rows);
+    task.uppers = scratch.uppers.get<float>(kMaxRowTile * range_features(x.cols));
+  }
   return task;
 }
 
@@ -92,30 +105,65 @@ void sort_candidates(float* values, uint32_t* features, int64_t count) {
   }
 }
 
-TopKCandidates sweep_topk_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
-                                int64_t end, int64_t k, const int64_t* exclude_offsets, const int64_t* exclude_ids) {
-  TopKSweep task;
-  task.sweep = sweep_task(scratch, x, weights, begin, end);
+EncoderWeights prepare_weights(const Matrix& weight, const Vector& bias, const std::vector<float>& shift,
+                               const PackedBytes& packed, int64_t rows, int64_t k, int threads) {
+  EncoderWeights weights;
+  weights.weight = weight;
+  weights.bias = bias;
+  weights.shift = shift.empty() ? nullptr : shift.data();
+  const int64_t n = weight.rows, d = weight.cols;
+  PackedView view;
+  const bool given = packed.data != nullptr && open_packed(packed.data, packed.bytes, n, d, &view);
+  if (n < kMinFeaturesToScreen || n < k * kMinFeaturesPerSelected || d == 0) return weights;
+  if (given) {
+    weights.packed = view;
+  } else if (packed.data == nullptr && rows >= kMinRowsToPack) {
+    thread_local ScratchBuffer buffer;
+    const int64_t bytes = packed_size(n, d);
+    PackParams params;
+    params.weight = weight;
+    params.bias = bias;
+    params.out = buffer.get<char>(bytes);
+    params.threads = threads;
+    pack(params);
+    if (open_packed(params.out, bytes, n, d, &view)) weights.packed = view;
+  }
+  return weights;
+}
+
+TopKCandidates encode_topk_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
+                                 int64_t end, int64_t k, bool sorted, const int64_t* exclude_offsets,
+                                 const int64_t* exclude_ids) {
+  TopKTask task;
+  task.encode = encode_task(scratch, x, weights, begin, end);
   TopKCandidates& candidates = task.candidates;
   candidates.k = k;
-  // Room for as many newcomers as there are kept ones (and not too few) makes a cut, which is linear in the capacity,
-  // cost a bounded number of steps per newcomer.
-  candidates.capacity = round_up(k + std::max<int64_t>(k, 64) + kFeatureBlock, 16);
+  candidates.sorted = sorted;
+  candidates.capacity = candidate_capacity(k, x.cols);
   candidates.values = scratch.values.get<float>(x.rows * candidates.capacity);
   candidates.features = scratch.features.get<uint32_t>(x.rows * candidates.capacity);
   candidates.counts = scratch.counts.get<int64_t>(x.rows);
-  candidates.thresholds = scratch.thresholds.get<float>(x.rows);
+  candidates.scored = scratch.scored.get<int64_t>(x.rows);
+  candidates.bounds = scratch.bounds.get<float>(x.rows);
+  if (weights.packed.codes != nullptr) {
+    candidates.maxima = scratch.maxima.get<float>(x.rows * group_count(k));
+    std::fill_n(candidates.maxima, x.rows * group_count(k), -std::numeric_limits<float>::infinity());
+  }
   candidates.keys = scratch.keys.get<int32_t>(candidates.capacity);
   std::fill_n(candidates.counts, x.rows, int64_t{0});
-  std::fill_n(candidates.thresholds, x.rows, std::numeric_limits<float>::quiet_NaN());
+  std::fill_n(candidates.scored, x.rows, int64_t{0});
+  std::fill_n(candidates.bounds, x.rows, -std::numeric_limits<float>::infinity());
+  task.positions = scratch.positions.get<uint32_t>(candidates.capacity);
+  task.features = scratch.chosen_features.get<uint32_t>(candidates.capacity);
+  task.scores = scratch.chosen_scores.get<float>(candidates.capacity);
+  task.exact = scratch.exact.get<float>(candidates.capacity);
   if (exclude_offsets != nullptr) {
     task.exclude_offsets = exclude_offsets;
     task.exclude_ids = exclude_ids;
     task.exclude_cursor = scratch.cursors.get<int64_t>(x.rows);
     std::fill_n(task.exclude_cursor, x.rows, int64_t{0});
   }
-  active_kernels().sweep_topk(task);
-  for (int64_t r = 0; r < x.rows; ++r) active_kernels().finish_topk(candidates, r);
+  active_kernels().encode_topk(task);
   return candidates;
 }
 
@@ -127,24 +175,50 @@ void grow_log(ThresholdLog& log, int64_t extra) {
   log.capacity = capacity;
 }
 
-const ThresholdLog& sweep_threshold_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
-                                          int64_t begin, int64_t end, const Vector& thresholds) {
-  ThresholdSweep task;
-  task.sweep = sweep_task(scratch, x, weights, begin, end);
+std::vector<float> widened_thresholds(const Vector& thresholds, int64_t n) {
+  std::vector<float> values(static_cast<std::size_t>(round_up(n, kFeatureBlock)), 0.0f);
+  for (int64_t i = 0; i < n; ++i) values[i] = element_at(thresholds, thresholds.size == 1 ? 0 : i);
+  return values;
+}
+
+const ThresholdLog& encode_threshold_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
+                                           int64_t begin, int64_t end, const float* thresholds) {
+  ThresholdTask task;
+  task.encode = encode_task(scratch, x, weights, begin, end);
   task.thresholds = thresholds;
+  task.features = scratch.features.get<uint32_t>(range_features(x.cols) + 16);
+  task.values = scratch.values.get<float>(range_features(x.cols) + 16);
   scratch.log.count = 0;
   task.log = &scratch.log;
-  active_kernels().sweep_threshold(task);
+  active_kernels().encode_threshold(task);
   return scratch.log;
 }
 
-void sweep_feature_list(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
-                        const int64_t* features, int64_t count, float* out) {
-  DenseSweep task;
-  task.sweep = sweep_task(scratch, x, weights, 0, count);
-  task.sweep.feature_list = features;
+GroupedLog group_by_row(EncoderScratch& scratch, const ThresholdLog& log, int64_t rows) {
+  int64_t* offsets = scratch.group_offsets.get<int64_t>(rows + 1);
+  int64_t* cursors = scratch.group_cursors.get<int64_t>(rows);
+  uint32_t* features = scratch.group_features.get<uint32_t>(log.count);
+  float* values = scratch.group_values.get<float>(log.count);
+  std::fill_n(offsets, rows + 1, int64_t{0});
+  for (int64_t i = 0; i < log.count; ++i) ++offsets[log.rows[i] + 1];
+  for (int64_t r = 0; r < rows; ++r) offsets[r + 1] += offsets[r];
+  std::copy_n(offsets, rows, cursors);
+  for (int64_t i = 0; i < log.count; ++i) {
+    const int64_t place = cursors[log.rows[i]]++;
+    features[place] = log.features[i];
+    values[place] = log.values[i];
+  }
+  return {offsets, features, values};
+}
+
+void encode_feature_list(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
+                         const uint32_t* features, int64_t count, float* out) {
+  FeatureListTask task;
+  task.encode = encode_task(scratch, x, weights, 0, weights.weight.rows);
+  task.features = features;
+  task.count = count;
   task.out = out;
-  active_kernels().sweep_dense(task);
+  active_kernels().encode_features(task);
 }
 
 SweepPartition partition_sweep(int64_t rows, int64_t features, int64_t d, int threads, bool split_features) {

@@ -17,20 +17,13 @@ struct Part {
   std::vector<float> values;
 };
 
-// Counting sort by row. The log is in ascending order of feature block, so each row's features come out ascending.
-Part group_by_row(const ThresholdLog& log, int64_t rows) {
+// A row's features stand ascending in the log, so they come out ascending.
+Part part_of(EncoderScratch& scratch, const ThresholdLog& log, int64_t rows) {
+  const GroupedLog grouped = group_by_row(scratch, log, rows);
   Part part;
-  part.row_offsets.assign(static_cast<std::size_t>(rows + 1), 0);
-  for (int64_t i = 0; i < log.count; ++i) ++part.row_offsets[log.rows[i] + 1];
-  for (int64_t r = 0; r < rows; ++r) part.row_offsets[r + 1] += part.row_offsets[r];
-  part.features.resize(static_cast<std::size_t>(log.count));
-  part.values.resize(static_cast<std::size_t>(log.count));
-  std::vector<int64_t> next(part.row_offsets.begin(), part.row_offsets.end() - 1);
-  for (int64_t i = 0; i < log.count; ++i) {
-    const int64_t place = next[log.rows[i]]++;
-    part.features[place] = static_cast<int32_t>(log.features[i]);
-    part.values[place] = log.values[i];
-  }
+  part.row_offsets.assign(grouped.offsets, grouped.offsets + rows + 1);
+  part.features.assign(grouped.features, grouped.features + log.count);
+  part.values.assign(grouped.values, grouped.values + log.count);
   return part;
 }
 
@@ -94,7 +87,9 @@ class Parts final : public SparseRows {
 std::unique_ptr<SparseRows> encode_threshold(const EncodeThresholdParams& params) {
   const int64_t rows = params.x.rows, n = params.weight.rows;
   const std::vector<float> shift = widened(params.shift);
-  EncoderWeights weights{params.weight, params.bias, shift.empty() ? nullptr : shift.data()};
+  const EncoderWeights weights =
+      prepare_weights(params.weight, params.bias, shift, {params.packed, params.packed_bytes}, rows, 0, params.threads);
+  const std::vector<float> thresholds = widened_thresholds(params.thresholds, n);
   const SweepPartition partition = partition_sweep(rows, n, params.x.cols, params.threads, true);
   auto parts = std::make_unique<Parts>(rows, partition);
   parallel_for(partition.chunks * partition.segments, partition.threads, [&](int64_t task) {
@@ -103,9 +98,10 @@ std::unique_ptr<SparseRows> encode_threshold(const EncodeThresholdParams& params
     const int64_t row_count = std::min(partition.chunk_rows, rows - row_begin);
     const int64_t begin = segment * partition.segment_features;
     const int64_t end = std::min(begin + partition.segment_features, n);
-    const ThresholdLog& log = sweep_threshold_chunk(thread_encoder_scratch(), row_range(params.x, row_begin, row_count),
-                                                    weights, begin, end, params.thresholds);
-    parts->part(task) = group_by_row(log, row_count);
+    EncoderScratch& scratch = thread_encoder_scratch();
+    const ThresholdLog& log = encode_threshold_chunk(scratch, row_range(params.x, row_begin, row_count), weights, begin,
+                                                     end, thresholds.data());
+    parts->part(task) = part_of(scratch, log, row_count);
   });
   return parts;
 }

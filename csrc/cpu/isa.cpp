@@ -15,11 +15,15 @@
 #define SAEREC_TIER avx512
 #include "tier.inc"
 #undef SAEREC_TIER
+#define SAEREC_TIER avx512_vnni
+#include "tier.inc"
+#undef SAEREC_TIER
 #endif
 
-#define SAEREC_TIER_KERNELS(tier)                                                                                    \
-  {tier::sweep_topk, tier::finish_topk, tier::sweep_threshold, tier::sweep_dense, tier::decode_rows, tier::dot_rows, \
-   tier::sum_groups, tier::pack_panel,  tier::step_rows,       tier::step_groups, tier::adam_rows}
+#define SAEREC_TIER_KERNELS(tier)                                                       \
+  {tier::pack_blocks, tier::encode_topk, tier::encode_threshold, tier::encode_features, \
+   tier::decode_rows, tier::dot_rows,    tier::sum_groups,       tier::pack_panel,      \
+   tier::step_rows,   tier::step_groups, tier::adam_rows}
 
 namespace saerec {
 
@@ -32,18 +36,22 @@ struct Tier {
 };
 
 // __builtin_cpu_supports checks CPUID and, through XGETBV, that the system saves the registers.
+#if defined(SAEREC_HAVE_X86_TIERS)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
 const Tier kTiers[] = {
     {"scalar", [] { return true; }, SAEREC_TIER_KERNELS(scalar)},
 #if defined(SAEREC_HAVE_X86_TIERS)
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      SAEREC_TIER_KERNELS(avx2)},
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-     },
-     SAEREC_TIER_KERNELS(avx512)},
+    {"avx512", has_avx512, SAEREC_TIER_KERNELS(avx512)},
+    {"avx512_vnni", [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); },
+     SAEREC_TIER_KERNELS(avx512_vnni)},
 #endif
 };
 

@@ -4,32 +4,98 @@
 
 #include <cstdint>
 
+#include "saerec/packed.h"
 #include "saerec/views.h"
 
 namespace saerec {
 
-// Rows handled by one task: x of the task (converted to float32) stays in L1/L2 while the dictionary streams by, and
-// the price of transposing a block of weights is shared by this many rows.
+// Rows handled by one task: x of the task (converted to float32) stays in L2 while the dictionary streams by.
 constexpr int64_t kChunkRows = 128;
-// Features per step of the sweep: two vectors of the widest tier. All tiers share it, so that candidate capacities do.
-constexpr int64_t kFeatureBlock = 32;
+// Features the screen scores side by side: the block of the packed layout.
+constexpr int64_t kFeatureBlock = kPackedBlock;
+// More dimensions could overflow a 32-bit sum of byte products.
+constexpr int64_t kMaxScreenedDimensions = 1 << 16;
 
-// Candidates of one row during a top-k sweep. A new score enters unless score <= threshold; the threshold starts as NaN
-// (everything enters) and becomes the k-th best so far each time the candidates are cut back.
+// Features whose scores a sweep holds at a time: as many as make 256 KiB of codes, so that those stay in L2 while the
+// rows of the task pass, but enough for the largest k, and few enough for the scores of a tile of rows to stay there
+// too.
+static inline int64_t range_features(int64_t d) {
+  const int64_t fitting = (int64_t{1} << 18) / (d > 0 ? d : 1) / kFeatureBlock * kFeatureBlock;
+  return fitting < 512 ? 512 : fitting > 2048 ? 2048 : fitting;
+}
+
+struct PackTask {
+  Matrix weight;
+  Vector bias;
+  PackedView view;  // written through
+  int64_t block_begin = 0;
+  int64_t block_end = 0;
+  float* row = nullptr;          // scratch (d)
+  uint8_t* row_codes = nullptr;  // scratch (kFeatureBlock, code_stride), 64-byte aligned
+  int64_t code_stride = 0;       // bytes: 4 * quads rounded up to 64
+  float max_bias = 0.0f;         // out
+  bool usable = true;            // out
+};
+
+// What screening knows of a row of hidden states. Screened scores are in units of the row's code step.
+struct RowScreen {
+  float inverse_step = 1.0f;
+  float coefficient = 0.0f;  // times a feature's margin: bound of the error of its screened score
+  int32_t code_sum = 0;
+  bool usable = false;  // false: not finite, or too large or small; all its scores are computed exactly
+};
+
+// Some rows against features [begin, end) of the dictionary.
+struct EncodeTask {
+  Matrix x;  // the rows of this task
+  Matrix weight;
+  Vector bias;
+  const float* shift = nullptr;        // (d) float32 or absent
+  const PackedView* packed = nullptr;  // absent: every score is computed exactly
+  int64_t feature_begin = 0;           // a multiple of kFeatureBlock
+  int64_t feature_end = 0;
+  float* x_rows = nullptr;       // scratch (rows, d)
+  int8_t* x_codes = nullptr;     // scratch (rows, 4 * quads)
+  RowScreen* screens = nullptr;  // scratch (rows)
+  float* uppers = nullptr;       // scratch (kMaxRowTile, range_features(d))
+};
+constexpr int64_t kMaxRowTile = 8;
+
+// Vectors of group maxima (see selection-inl.h) for a top-k sweep: four groups to a selected feature.
+constexpr int64_t kMaxGroups = 2048;
+static inline int64_t group_count(int64_t k) {
+  int64_t groups = 256;
+  while (groups < 4 * k && groups < kMaxGroups) groups *= 2;
+  return groups;
+}
+
+// Candidates of one row during a top-k sweep, in ascending order of feature: the first `scored` with their scores, at
+// most k of them after a cut; the others, pending, with their uppers.
 struct TopKCandidates {
   float* values = nullptr;       // (rows, capacity)
   uint32_t* features = nullptr;  // (rows, capacity)
   int64_t* counts = nullptr;     // (rows)
-  float* thresholds = nullptr;   // (rows)
+  int64_t* scored = nullptr;     // (rows)
+  float* bounds = nullptr;       // (rows) a lower bound of the k-th best, in units of the row's screen
+  float* maxima = nullptr;       // (rows, group_count(k)) of the uppers seen so far
   int64_t capacity = 0;
   int64_t k = 0;
+  bool sorted = true;       // leave them in descending order; otherwise in ascending order of feature
   int32_t* keys = nullptr;  // (capacity) scratch
 };
+
+// Pending candidates at which a row's are scored, unless the sweep is over before.
+static inline int64_t pending_limit(int64_t k) { return 3 * k + 128; }
+
+// Room that the candidates of a row need: those kept, those pending, a range of newcomers, a vector's overhang.
+static inline int64_t candidate_capacity(int64_t k, int64_t d) {
+  return (k + pending_limit(k) + range_features(d) + 31) / 16 * 16;
+}
 
 // Sorts pairs in descending order of value, ties by smallest feature, NaN first.
 void sort_candidates(float* values, uint32_t* features, int64_t count);
 
-// Entries found by a threshold sweep, in feature-block order; grows as needed.
+// Entries found by a threshold sweep; those of a row come in ascending order of feature. Grows as needed.
 struct ThresholdLog {
   uint32_t* rows = nullptr;
   uint32_t* features = nullptr;
@@ -41,40 +107,37 @@ struct ThresholdLog {
 // Makes room for `extra` more entries. Throws std::bad_alloc.
 void grow_log(ThresholdLog& log, int64_t extra);
 
-// One sweep of some rows over features [begin, end) of the dictionary, or over a list of them.
-struct SweepTask {
-  Matrix x;  // the rows of this task
-  Matrix weight;
-  Vector bias;
-  const float* shift = nullptr;  // (d) float32 or absent
-  int64_t feature_begin = 0;
-  int64_t feature_end = 0;
-  const int64_t* feature_list = nullptr;  // when present, [begin, end) index into it
-  float* x_scratch = nullptr;             // (rows, d)
-  float* weight_scratch = nullptr;        // (d, kFeatureBlock), 64-byte aligned
-};
-
-struct TopKSweep {
-  SweepTask sweep;
+struct TopKTask {
+  EncodeTask encode;
   TopKCandidates candidates;
   const int64_t* exclude_offsets = nullptr;  // (rows + 1) into exclude_ids, ids ascending within a row
   const int64_t* exclude_ids = nullptr;
   int64_t* exclude_cursor = nullptr;  // (rows) scratch
+  uint32_t* positions = nullptr;      // scratch (capacity), as the next three
+  uint32_t* features = nullptr;
+  float* scores = nullptr;
+  float* exact = nullptr;
 };
 
-struct ThresholdSweep {
-  SweepTask sweep;
-  Vector thresholds;
+struct ThresholdTask {
+  EncodeTask encode;
+  const float* thresholds = nullptr;  // (n) float32, rounded up to kFeatureBlock
+  uint32_t* features = nullptr;       // scratch (range_features(d) + 16)
+  float* values = nullptr;            // scratch (range_features(d) + 16)
   ThresholdLog* log = nullptr;
 };
 
-struct DenseSweep {
-  SweepTask sweep;
-  float* out = nullptr;  // (rows, feature_end - feature_begin)
+// Exact scores of some rows for a list of features.
+struct FeatureListTask {
+  EncodeTask encode;
+  const uint32_t* features = nullptr;  // (count)
+  int64_t count = 0;
+  float* out = nullptr;  // (rows, count)
 };
 
 struct DecodeTask {
-  const int64_t* offsets = nullptr;  // (rows + 1), absolute
+  const int64_t* begins = nullptr;  // (rows), absolute: the entries of row r are [begins[r], ends[r])
+  const int64_t* ends = nullptr;
   IndexArray indices;
   Vector values;
   Matrix weight;
@@ -122,7 +185,7 @@ static inline int64_t panel_width(const Panels& panels, int64_t panel) {
                                    : (columns + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 }
 
-struct PackTask {
+struct PanelTask {
   Panels panels;
   Matrix matrix;
   int64_t panel = 0;
@@ -195,15 +258,15 @@ struct AdamTask {
 };
 
 struct Kernels {
-  void (*sweep_topk)(TopKSweep&);
-  // Leaves the best (at most k) candidates of a row in their final order.
-  void (*finish_topk)(TopKCandidates&, int64_t row);
-  void (*sweep_threshold)(ThresholdSweep&);
-  void (*sweep_dense)(DenseSweep&);
+  void (*pack_blocks)(PackTask&);
+  // Leaves the best (at most k) candidates of every row.
+  void (*encode_topk)(TopKTask&);
+  void (*encode_threshold)(ThresholdTask&);
+  void (*encode_features)(FeatureListTask&);
   void (*decode_rows)(const DecodeTask&);
   void (*dot_rows)(const DotTask&);
   void (*sum_groups)(const GroupedSumTask&);
-  void (*pack_panel)(const PackTask&);
+  void (*pack_panel)(const PanelTask&);
   void (*step_rows)(StepRowsTask&);
   void (*step_groups)(const StepGroupsTask&);
   void (*adam_rows)(const AdamTask&);

@@ -1,7 +1,6 @@
 #include "saerec/linear_topk.h"
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -9,28 +8,35 @@
 
 #include "convert.h"
 #include "encode_rows.h"
-#include "parallel.h"
+#include "topk_rows.h"
 
 namespace saerec {
 namespace {
 
+template <class Index>
+void write_indices(Index* out, const uint32_t* features, int64_t count, int64_t k) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Index>(features[i]);
+  for (int64_t i = count; i < k; ++i) out[i] = -1;
+}
+
 void write_row(const LinearTopKParams& params, int64_t row, const float* values, const uint32_t* features,
                int64_t count) {
-  for (int64_t i = 0; i < params.k; ++i) {
-    float value = -std::numeric_limits<float>::infinity();
-    int64_t feature = -1;
-    if (i < count) {
-      // The same bits on every path: merging goes through keys, which know one zero and one NaN.
-      value = key_value(candidate_key(values[i], 0));
-      feature = features[i];
-    }
-    if (params.relu && value < 0.0f) value = 0.0f;
-    store_element(params.x.dtype, params.values, row * params.k + i, value);
-    if (params.index_type == IndexType::kInt32) {
-      static_cast<int32_t*>(params.indices)[row * params.k + i] = static_cast<int32_t>(feature);
-    } else {
-      static_cast<int64_t*>(params.indices)[row * params.k + i] = feature;
-    }
+  const int64_t k = params.k, first = row * k;
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  const auto value = [&](int64_t i) {
+    const float raw = i < count ? values[i] : kNothing;
+    return params.relu && raw < 0.0f ? 0.0f : raw;
+  };
+  if (params.x.dtype == DType::kFloat32) {
+    float* out = static_cast<float*>(params.values) + first;
+    for (int64_t i = 0; i < k; ++i) out[i] = value(i);
+  } else {
+    for (int64_t i = 0; i < k; ++i) store_element(params.x.dtype, params.values, first + i, value(i));
+  }
+  if (params.index_type == IndexType::kInt32) {
+    write_indices(static_cast<int32_t*>(params.indices) + first, features, count, k);
+  } else {
+    write_indices(static_cast<int64_t*>(params.indices) + first, features, count, k);
   }
 }
 
@@ -55,60 +61,21 @@ std::vector<int64_t> sorted_exclude_ids(const LinearTopKParams& params) {
 }  // namespace
 
 void linear_topk(const LinearTopKParams& params) {
-  const int64_t rows = params.x.rows, n = params.weight.rows, k = params.k;
+  const int64_t rows = params.x.rows, k = params.k;
   if (rows == 0 || k == 0) return;
   const std::vector<float> shift = widened(params.shift);
   const std::vector<int64_t> exclude_ids = sorted_exclude_ids(params);
-  EncoderWeights weights{params.weight, params.bias, shift.empty() ? nullptr : shift.data()};
-  const SweepPartition partition = partition_sweep(rows, n, params.x.cols, params.threads, true);
-
-  // With several segments every one leaves its best k keys of each row here, merged below.
-  const int64_t segments = partition.segments;
-  std::vector<uint64_t> segment_keys(segments > 1 ? static_cast<std::size_t>(rows * segments * k) : 0);
-  std::vector<int64_t> segment_counts(segments > 1 ? static_cast<std::size_t>(rows * segments) : 0);
-
-  parallel_for(partition.chunks * segments, partition.threads, [&](int64_t task) {
-    const int64_t chunk = task / segments, segment = task % segments;
-    const int64_t row_begin = chunk * partition.chunk_rows;
-    const int64_t row_count = std::min(partition.chunk_rows, rows - row_begin);
-    const int64_t begin = segment * partition.segment_features;
-    const int64_t end = std::min(begin + partition.segment_features, n);
-    const TopKCandidates candidates = sweep_topk_chunk(
-        thread_encoder_scratch(), row_range(params.x, row_begin, row_count), weights, begin, end, k,
-        params.exclude_offsets != nullptr ? params.exclude_offsets + row_begin : nullptr, exclude_ids.data());
-    for (int64_t r = 0; r < row_count; ++r) {
-      const int64_t count = candidates.counts[r], row = row_begin + r;
-      const float* values = candidates.values + r * candidates.capacity;
-      const uint32_t* features = candidates.features + r * candidates.capacity;
-      if (segments == 1) {
-        write_row(params, row, values, features, count);
-        continue;
-      }
-      const int64_t slot = row * segments + segment;
-      for (int64_t i = 0; i < count; ++i) segment_keys[slot * k + i] = candidate_key(values[i], features[i]);
-      segment_counts[slot] = count;
-    }
+  const EncoderWeights weights =
+      prepare_weights(params.weight, params.bias, shift, {params.packed, params.packed_bytes}, rows, k, params.threads);
+  TopKRows request;
+  request.x = params.x;
+  request.k = k;
+  request.exclude_offsets = params.exclude_offsets;
+  request.exclude_ids = exclude_ids.data();
+  request.threads = params.threads;
+  for_each_topk_row(request, weights, [&](int64_t row, float* values, uint32_t* features, int64_t count) {
+    write_row(params, row, values, features, count);
   });
-  if (segments == 1) return;
-  std::vector<uint64_t> merged;
-  std::vector<float> values;
-  std::vector<uint32_t> features;
-  for (int64_t row = 0; row < rows; ++row) {
-    merged.clear();
-    for (int64_t slot = row * segments; slot < (row + 1) * segments; ++slot) {
-      const auto begin = segment_keys.begin() + slot * k;
-      merged.insert(merged.end(), begin, begin + segment_counts[slot]);
-    }
-    const int64_t kept = std::min<int64_t>(k, static_cast<int64_t>(merged.size()));
-    std::partial_sort(merged.begin(), merged.begin() + kept, merged.end(), std::greater<uint64_t>());
-    values.clear();
-    features.clear();
-    for (int64_t i = 0; i < kept; ++i) {
-      values.push_back(key_value(merged[i]));
-      features.push_back(key_feature(merged[i]));
-    }
-    write_row(params, row, values.data(), features.data(), kept);
-  }
 }
 
 }  // namespace saerec

@@ -46,13 +46,16 @@ void store_some(Element element, typename Element::Storage* p, int64_t partial, 
   }
 }
 
-template <class Element>
-void decode_row(Element element, const DecodeTask& task, int64_t row) {
+// Indices of any of the two types, and values widened, without a branch per entry.
+template <class Index, class Value, class Element>
+void decode_row(Index, Value value_element, Element element, const DecodeTask& task, int64_t row) {
   using Storage = typename Element::Storage;
+  const auto* indices = static_cast<const Index*>(task.indices.data);
+  const auto* values = static_cast<const typename Value::Storage*>(task.values.data);
   const auto* weight = static_cast<const Storage*>(task.weight.data);
   const auto* base = static_cast<const Storage*>(task.base.data);
   auto* out = static_cast<Storage*>(task.out.data) + row * task.out.row_stride;
-  const int64_t begin = task.offsets[row], end = task.offsets[row + 1];
+  const int64_t begin = task.begins[row], end = task.ends[row];
   for_column_blocks(task.out.cols, [&](int64_t j, auto vectors, int64_t partial) {
     constexpr int kVectors = decltype(vectors)::value;
     Vec sums[kVectors];
@@ -62,9 +65,9 @@ void decode_row(Element element, const DecodeTask& task, int64_t row) {
       Vec chains[kVectors];
       for (int v = 0; v < kVectors; ++v) chains[v] = zero();
       for (int64_t e = chain; e < chain_end; ++e) {
-        const int64_t feature = index_at(task.indices, e);
+        const int64_t feature = indices[e];
         if (feature < 0) continue;
-        const Vec value = set1(value_at(task.values, e));
+        const Vec value = set1(widen(value_element, values[e * task.values.stride]));
         const Storage* w = weight + feature * task.weight.row_stride + j;
         for (int v = 0; v < kVectors; ++v) {
           chains[v] = fmadd(value, load_some(element, w + v * kLanes, partial), chains[v]);
@@ -92,8 +95,8 @@ void decode_row_strided(Element element, const DecodeTask& task, int64_t row) {
   auto* out = static_cast<Storage*>(task.out.data) + row * task.out.row_stride;
   for (int64_t j = 0; j < task.out.cols; ++j) {
     float sum = 0.0f;
-    const int64_t end = task.offsets[row + 1];
-    for (int64_t chain = task.offsets[row]; chain < end; chain += kChainEntries) {
+    const int64_t end = task.ends[row];
+    for (int64_t chain = task.begins[row]; chain < end; chain += kChainEntries) {
       const int64_t chain_end = chain + kChainEntries < end ? chain + kChainEntries : end;
       float chain_sum = 0.0f;
       for (int64_t e = chain; e < chain_end; ++e) {
@@ -122,13 +125,19 @@ void decode_rows(const DecodeTask& task) {
   const bool unit_columns = task.weight.col_stride == 1 && task.out.col_stride == 1 &&
                             (task.base.data == nullptr || task.base.col_stride == 1);
   with_element(task.weight.dtype, [&](auto element) {
-    for (int64_t row = 0; row < task.out.rows; ++row) {
-      if (unit_columns) {
-        decode_row(element, task, row);
-      } else {
-        decode_row_strided(element, task, row);
-      }
+    if (!unit_columns) {
+      for (int64_t row = 0; row < task.out.rows; ++row) decode_row_strided(element, task, row);
+      return;
     }
+    with_element(task.values.dtype, [&](auto value) {
+      for (int64_t row = 0; row < task.out.rows; ++row) {
+        if (task.indices.type == IndexType::kInt32) {
+          decode_row(int32_t{}, value, element, task, row);
+        } else {
+          decode_row(int64_t{}, value, element, task, row);
+        }
+      }
+    });
   });
 }
 

@@ -1,13 +1,20 @@
-// The vector type of the tier this file is compiled for (SAEREC_TIER is scalar, avx2 or avx512, with the matching
-// compiler flags), as few operations as the kernels need. Everything has internal linkage.
+// The vector types of the tier this file is compiled for (SAEREC_TIER is scalar, avx2, avx512 or avx512_vnni, with the
+// matching compiler flags), as few operations as the kernels need. Everything has internal linkage.
 //
-// Loads and stores take any alignment. 16-bit floats are widened to float32 on load and rounded to nearest even on
-// store.
+// Vec holds kLanes float32, Quads kLanes int32 or kLanes x 4 bytes. Loads and stores take any alignment. 16-bit floats
+// are widened to float32 on load and rounded to nearest even on store.
+//
+// quad_dot(sum, a, b) adds to each lane of sum the products of its four unsigned bytes of a with its four signed bytes
+// of b. Without VNNI pairs of products are added in saturating 16 bits, which signed bytes of at most kByteLevels in
+// magnitude cannot saturate: 2 * 255 * 64 < 2^15.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(SAEREC_TIER_AVX512_VNNI)
+#define SAEREC_TIER_AVX512
+#endif
 #if defined(SAEREC_TIER_AVX2) || defined(SAEREC_TIER_AVX512)
 #include <immintrin.h>
 #endif
@@ -80,14 +87,50 @@ inline uint16_t narrow(F16, float value) {
 constexpr int kLanes = 16;
 constexpr int kRowTile = 8;  // 8 rows x 2 vectors = 16 accumulators, 2 weights and a broadcast in 32 registers
 using Vec = __m512;
+using Quads = __m512i;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float value) { return _mm512_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
-inline uint32_t not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
+inline float reduce_min(Vec a) { return _mm512_reduce_min_ps(a); }
+inline uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+
+#if defined(SAEREC_TIER_AVX512_VNNI)
+constexpr int kByteLevels = 127;
+inline Quads quad_dot(Quads sum, Quads a, Quads b) {
+  // Not the intrinsic: around it GCC 12 copies every accumulator twice.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#else
+constexpr int kByteLevels = 64;
+inline Quads quad_dot(Quads sum, Quads a, Quads b) {
+  const Quads pairs = _mm512_maddubs_epi16(a, b);
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
+inline Quads quads_set1(int32_t value) { return _mm512_set1_epi32(value); }
+inline Quads quads_load(const void* p) { return _mm512_loadu_si512(p); }
+inline Quads quads_add(Quads a, Quads b) { return _mm512_add_epi32(a, b); }
+inline void quads_store(void* p, Quads a) { _mm512_storeu_si512(p, a); }
+// Adds 1 to the lanes of counts where a < b.
+inline Quads count_less(Quads counts, Quads a, Quads b) {
+  return _mm512_mask_add_epi32(counts, _mm512_cmplt_epi32_mask(a, b), counts, _mm512_set1_epi32(1));
+}
+inline uint32_t at_least(Quads a, Quads b) { return _mm512_cmpge_epi32_mask(a, b); }
+inline Vec to_float(Quads a) { return _mm512_cvtepi32_ps(a); }
+inline Vec round_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The lanes, whole numbers that fit, as bytes.
+inline void store_bytes(uint8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
 
 inline Vec load(F32, const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(BF16, const uint16_t* p) {
@@ -112,65 +155,74 @@ inline void store(F16, uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// Appends the lanes in mask (values, and first + lane) at the ends of both arrays; writes a whole vector, so both need
-// kLanes free places. Compressing in a register and storing it whole beats a compressing store, which is microcoded on
-// Zen 4.
-inline int append(float* values, uint32_t* ids, Vec value, uint32_t first, uint32_t mask) {
-  const __mmask16 lanes = static_cast<__mmask16>(mask);
+// Appends first + lane for the lanes in mask; writes a whole vector, so ids needs kLanes free places. Compressing in a
+// register and storing it whole beats a compressing store, which is microcoded on Zen 4.
+inline int append_ids(uint32_t* ids, uint32_t first, uint32_t mask) {
   const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i id = _mm512_add_epi32(iota, _mm512_set1_epi32(static_cast<int>(first)));
-  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(lanes, value));
-  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(lanes, id));
+  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
   return __builtin_popcount(mask);
 }
 
-// out[j * out_stride + i] = rows[i][j] for i, j < 16; with fewer than 16 columns the rest of out gets zeros.
-template <class Element>
-inline void transpose_tile(Element element, const typename Element::Storage* const* rows, int columns, float* out,
-                           int64_t out_stride) {
-  __m512 r[16];
-  for (int i = 0; i < 16; ++i) {
-    if (rows[i] == nullptr) {
-      r[i] = zero();
-    } else if (columns >= 16) {
-      r[i] = load(element, rows[i]);
-    } else {
-      typename Element::Storage padded[16] = {};
-      for (int j = 0; j < columns; ++j) padded[j] = rows[i][j];
-      r[i] = load(element, padded);
-    }
-  }
-  __m512 t[16];
+// Packs the values and ids of the lanes in mask at the front of both arrays; writes whole vectors.
+inline int pack_front(float* values, uint32_t* ids, Vec value, Quads id, uint32_t mask) {
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), value));
+  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
+  return __builtin_popcount(mask);
+}
+
+// Lane i of the result is the sum over the lanes of sums[i].
+inline Vec reduce_each(const Vec* sums) {
+  __m512 pairs[8], fours[4];
   for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    pairs[i] = add(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]), _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
   }
   for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 2]);
-    const __m512d c = _mm512_castps_pd(t[4 * i + 1]), d = _mm512_castps_pd(t[4 * i + 3]);
-    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  // Each 128-bit lane of fours[i] now holds sums of that lane for four of the inputs.
+  const __m512 low =
+      add(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD));
+  const __m512 high =
+      add(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD));
+  return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+}
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i, j < kLanes, 4 bytes each.
+inline void transpose_quads(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + i * in_stride);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
   }
   // r[4 g + c] now holds, in its 128-bit lane q, column 4 q + c of rows 4 g .. 4 g + 3.
   for (int c = 0; c < 4; ++c) {
-    const __m512 low01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44),
-                 high01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xEE);
-    const __m512 low23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xEE);
-    _mm512_storeu_ps(out + (c)*out_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
-    _mm512_storeu_ps(out + (4 + c) * out_stride, _mm512_shuffle_f32x4(low01, low23, 0xDD));
-    _mm512_storeu_ps(out + (8 + c) * out_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
-    _mm512_storeu_ps(out + (12 + c) * out_stride, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+    const __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xEE);
+    const __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xEE);
+    _mm512_storeu_si512(out + c * out_stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(low01, low23, 0xDD));
+    _mm512_storeu_si512(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(high01, high23, 0xDD));
   }
 }
 
 #elif defined(SAEREC_TIER_AVX2)
 
 constexpr int kLanes = 8;
-constexpr int kRowTile = 6;  // 6 rows x 2 vectors = 12 accumulators, 2 weights and a broadcast in 16 registers
+constexpr int kRowTile = 4;  // 4 rows x 2 vectors = 8 accumulators, 2 weights, a broadcast, ones and products in 16
 using Vec = __m256;
+using Quads = __m256i;
+constexpr int kByteLevels = 64;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float value) { return _mm256_set1_ps(value); }
@@ -182,8 +234,44 @@ inline float reduce_add(Vec a) {
   const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
-inline uint32_t not_le(Vec a, Vec b) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline float reduce_max(Vec a) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+inline float reduce_min(Vec a) { return -reduce_max(sub(zero(), a)); }
+inline uint32_t at_least(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+
+inline Quads quad_dot(Quads sum, Quads a, Quads b) {
+  const Quads pairs = _mm256_maddubs_epi16(a, b);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Quads quads_set1(int32_t value) { return _mm256_set1_epi32(value); }
+inline Quads quads_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Quads quads_add(Quads a, Quads b) { return _mm256_add_epi32(a, b); }
+inline void quads_store(void* p, Quads a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+inline Quads count_less(Quads counts, Quads a, Quads b) { return _mm256_sub_epi32(counts, _mm256_cmpgt_epi32(b, a)); }
+inline uint32_t at_least(Quads a, Quads b) {
+  return ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)))) & 0xFFu;
+}
+inline Vec to_float(Quads a) { return _mm256_cvtepi32_ps(a); }
+inline Vec round_even(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void store_bytes(uint8_t* p, Vec a) {
+  alignas(32) int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_cvtps_epi32(a));
+  for (int i = 0; i < 8; ++i) p[i] = static_cast<uint8_t>(lanes[i]);
+}
+
+inline Vec reduce_each(const Vec* sums) {
+  const __m256 ab = _mm256_hadd_ps(sums[0], sums[1]), cd = _mm256_hadd_ps(sums[2], sums[3]);
+  const __m256 ef = _mm256_hadd_ps(sums[4], sums[5]), gh = _mm256_hadd_ps(sums[6], sums[7]);
+  const __m256 low = _mm256_hadd_ps(ab, cd), high = _mm256_hadd_ps(ef, gh);
+  return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 inline Vec load(F32, const float* p) { return _mm256_loadu_ps(p); }
@@ -204,44 +292,16 @@ inline void store(F16, uint16_t* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
-template <class Element>
-inline void transpose_tile(Element element, const typename Element::Storage* const* rows, int columns, float* out,
-                           int64_t out_stride) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) {
-    if (rows[i] == nullptr) {
-      r[i] = zero();
-    } else if (columns >= 8) {
-      r[i] = load(element, rows[i]);
-    } else {
-      typename Element::Storage padded[8] = {};
-      for (int j = 0; j < columns; ++j) padded[j] = rows[i][j];
-      r[i] = load(element, padded);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const __m256 a = t[4 * i], b = t[4 * i + 1], c = t[4 * i + 2], d = t[4 * i + 3];
-    r[4 * i] = _mm256_shuffle_ps(a, c, 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
-    r[4 * i + 2] = _mm256_shuffle_ps(b, d, 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
-  }
-  for (int c = 0; c < 4; ++c) {
-    _mm256_storeu_ps(out + c * out_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
-    _mm256_storeu_ps(out + (4 + c) * out_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
-  }
-}
-
 #else
 
 constexpr int kLanes = 4;
 constexpr int kRowTile = 2;
+constexpr int kByteLevels = 127;
 struct Vec {
   float lane[4];
+};
+struct Quads {
+  int32_t lane[4];
 };
 
 inline Vec zero() { return Vec{}; }
@@ -259,10 +319,73 @@ inline Vec fmadd(Vec a, Vec b, Vec c) {
   return c;
 }
 inline float reduce_add(Vec a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
-inline uint32_t not_le(Vec a, Vec b) {
+inline Vec mul(Vec a, Vec b) {
+  for (int i = 0; i < 4; ++i) a.lane[i] *= b.lane[i];
+  return a;
+}
+inline Vec maximum(Vec a, Vec b) {
+  for (int i = 0; i < 4; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline Vec minimum(Vec a, Vec b) {
+  for (int i = 0; i < 4; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline float reduce_max(Vec a) {
+  const Vec swapped{{a.lane[2], a.lane[3], a.lane[0], a.lane[1]}};
+  const Vec half = maximum(a, swapped);
+  return half.lane[0] > half.lane[1] ? half.lane[0] : half.lane[1];
+}
+inline float reduce_min(Vec a) { return -reduce_max(sub(zero(), a)); }
+inline uint32_t at_least(Vec a, Vec b) {
   uint32_t mask = 0;
-  for (int i = 0; i < 4; ++i) mask |= static_cast<uint32_t>(!(a.lane[i] <= b.lane[i])) << i;
+  for (int i = 0; i < 4; ++i) mask |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
   return mask;
+}
+
+inline Quads quad_dot(Quads sum, Quads a, Quads b) {
+  uint8_t unsigned_bytes[16];
+  int8_t signed_bytes[16];
+  std::memcpy(unsigned_bytes, &a, 16);
+  std::memcpy(signed_bytes, &b, 16);
+  for (int i = 0; i < 16; ++i) sum.lane[i / 4] += unsigned_bytes[i] * signed_bytes[i];
+  return sum;
+}
+inline Quads quads_set1(int32_t value) { return Quads{{value, value, value, value}}; }
+inline Quads quads_load(const void* p) {
+  Quads a;
+  std::memcpy(&a, p, 16);
+  return a;
+}
+inline Quads quads_add(Quads a, Quads b) {
+  for (int i = 0; i < 4; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+inline void quads_store(void* p, Quads a) { std::memcpy(p, &a, 16); }
+inline Quads count_less(Quads counts, Quads a, Quads b) {
+  for (int i = 0; i < 4; ++i) counts.lane[i] += a.lane[i] < b.lane[i];
+  return counts;
+}
+inline uint32_t at_least(Quads a, Quads b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 4; ++i) mask |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
+  return mask;
+}
+inline Vec to_float(Quads a) {
+  Vec b;
+  for (int i = 0; i < 4; ++i) b.lane[i] = static_cast<float>(a.lane[i]);
+  return b;
+}
+inline Vec round_even(Vec a) {
+  // Below 2^22 in magnitude, which is all that is asked for, adding and taking off 1.5 * 2^23 rounds to even.
+  for (int i = 0; i < 4; ++i) a.lane[i] = (a.lane[i] + 12582912.0f) - 12582912.0f;
+  return a;
+}
+inline void store_bytes(uint8_t* p, Vec a) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(a.lane[i]));
+}
+inline Vec reduce_each(const Vec* sums) {
+  return Vec{{reduce_add(sums[0]), reduce_add(sums[1]), reduce_add(sums[2]), reduce_add(sums[3])}};
 }
 template <class Element>
 inline Vec load(Element element, const typename Element::Storage* p) {
@@ -274,30 +397,39 @@ template <class Element>
 inline void store(Element element, typename Element::Storage* p, Vec a) {
   for (int i = 0; i < 4; ++i) p[i] = narrow(element, a.lane[i]);
 }
-template <class Element>
-inline void transpose_tile(Element element, const typename Element::Storage* const* rows, int columns, float* out,
-                           int64_t out_stride) {
-  for (int j = 0; j < 4; ++j) {
-    for (int i = 0; i < 4; ++i) {
-      out[j * out_stride + i] = rows[i] != nullptr && j < columns ? widen(element, rows[i][j]) : 0.0f;
-    }
-  }
-}
 
 #endif
 
 #if !defined(SAEREC_TIER_AVX512)
-inline int append(float* values, uint32_t* ids, Vec value, uint32_t first, uint32_t mask) {
-  float lanes[kLanes];
-  store(F32{}, lanes, value);
+inline int append_ids(uint32_t* ids, uint32_t first, uint32_t mask) {
   int count = 0;
-  for (; mask != 0; mask &= mask - 1) {
-    const int lane = __builtin_ctz(mask);
-    values[count] = lanes[lane];
-    ids[count] = first + static_cast<uint32_t>(lane);
-    ++count;
+  for (; mask != 0; mask &= mask - 1) ids[count++] = first + static_cast<uint32_t>(__builtin_ctz(mask));
+  return count;
+}
+
+inline int pack_front(float* values, uint32_t* ids, Vec value, Quads id, uint32_t mask) {
+  float value_lanes[kLanes];
+  uint32_t id_lanes[kLanes];
+  store(F32{}, value_lanes, value);
+  quads_store(id_lanes, id);
+  int count = 0;
+  for (; mask != 0; mask &= mask - 1, ++count) {
+    values[count] = value_lanes[__builtin_ctz(mask)];
+    ids[count] = id_lanes[__builtin_ctz(mask)];
   }
   return count;
+}
+
+inline void transpose_quads(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  for (int j = 0; j < kLanes; ++j) {
+    for (int i = 0; i < kLanes; ++i) out[j * out_stride + i] = in[i * in_stride + j];
+  }
+}
+#endif
+
+#if defined(SAEREC_TIER_AVX512)
+inline Vec load_partial(F32, const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
 }
 #endif
 
@@ -314,6 +446,8 @@ inline void store_partial(Element element, typename Element::Storage* p, int64_t
   store(element, padded, a);
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
 }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 template <class Body>
 inline void with_element(DType dtype, const Body& body) {

@@ -9,7 +9,6 @@ namespace {
 
 #if defined(SAEREC_TIER_AVX512)
 
-inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 
@@ -24,7 +23,6 @@ inline void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 #elif defined(SAEREC_TIER_AVX2)
 
-inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
 
@@ -37,10 +35,6 @@ inline void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 #else
 
-inline Vec mul(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
-  return a;
-}
 inline Vec div(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] /= b.lane[i];
   return a;

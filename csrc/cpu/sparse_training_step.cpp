@@ -125,7 +125,7 @@ void sparse_training_step(const SparseTrainingStepParams& params) {
     if (!in_place) {
       weight = packed + panel * panels.columns * n;
       parallel_for((n + kPackRows - 1) / kPackRows, threads, [&](int64_t part) {
-        PackTask task;
+        PanelTask task;
         task.panels = panels;
         task.matrix = params.weight_dec;
         task.panel = panel;

@@ -35,6 +35,7 @@ float apply_edit(EditOp op, float activation, float value) {
 // The plan in terms of its distinct features ("slots", ascending).
 struct CompiledPlan {
   std::vector<int64_t> features;      // (slots)
+  std::vector<uint32_t> feature_ids;  // (slots), the same
   std::vector<int64_t> edit_slots;    // (n_edits)
   std::vector<float> slot_threshold;  // (slots), empty for top-k
   std::vector<char> adds_only;        // (slots) every edit adds, so the change does not depend on the activation
@@ -53,6 +54,7 @@ CompiledPlan compile(const SteerParams& params) {
   plan.features.assign(params.edit_features, params.edit_features + params.n_edits);
   std::sort(plan.features.begin(), plan.features.end());
   plan.features.erase(std::unique(plan.features.begin(), plan.features.end()), plan.features.end());
+  plan.feature_ids.assign(plan.features.begin(), plan.features.end());
   plan.adds_only.assign(plan.features.size(), 1);
   for (int64_t i = 0; i < params.n_edits; ++i) {
     const int64_t slot = plan.slot_of(params.edit_features[i]);
@@ -76,7 +78,6 @@ struct SteerScratch {
   std::vector<int64_t> offsets;
   std::vector<int64_t> features;
   std::vector<float> values;
-  std::vector<int64_t> row_starts, row_entries;  // the threshold log grouped by row
 };
 
 SteerScratch& thread_steer_scratch() {
@@ -86,12 +87,12 @@ SteerScratch& thread_steer_scratch() {
 
 class ChunkSteerer {
  public:
-  ChunkSteerer(const SteerParams& params, const CompiledPlan& plan, const EncoderWeights& weights, const float* shift,
-               int64_t first, int64_t rows)
+  ChunkSteerer(const SteerParams& params, const CompiledPlan& plan, const EncoderWeights& weights,
+               const float* thresholds, int64_t first, int64_t rows)
       : params_(params),
         plan_(plan),
         weights_(weights),
-        shift_(shift),
+        thresholds_(thresholds),
         first_(first),
         x_(row_range(params.x, first, rows)),
         out_(row_range(params.out, first, rows)) {}
@@ -139,8 +140,8 @@ class ChunkSteerer {
     scratch.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
     if (!plan_.needs_activations) return;
     if (params_.k == 0) {
-      sweep_feature_list(thread_encoder_scratch(), x_, weights_, plan_.features.data(), slots,
-                         scratch.activations.data());
+      encode_feature_list(thread_encoder_scratch(), x_, weights_, plan_.feature_ids.data(), slots,
+                          scratch.activations.data());
       for (int64_t i = 0; i < x_.rows * slots; ++i) {
         const int64_t slot = i % slots;
         if (plan_.adds_only[slot] || scratch.activations[i] <= plan_.slot_threshold[slot])
@@ -177,15 +178,15 @@ class ChunkSteerer {
     if (params_.k > 0) {
       for_each_topk_entry(take);
     } else {
-      for_each_threshold_entry(scratch, take);
+      for_each_threshold_entry(take);
     }
     finish_rows_before(x_.rows);
   }
 
   template <class Take>
   void for_each_topk_entry(const Take& take) {
-    const TopKCandidates candidates = sweep_topk_chunk(thread_encoder_scratch(), x_, weights_, 0,
-                                                       params_.weight_enc.rows, params_.k, nullptr, nullptr);
+    const TopKCandidates candidates = encode_topk_chunk(thread_encoder_scratch(), x_, weights_, 0,
+                                                        params_.weight_enc.rows, params_.k, true, nullptr, nullptr);
     for (int64_t r = 0; r < x_.rows; ++r) {
       const float* values = candidates.values + r * candidates.capacity;
       const uint32_t* features = candidates.features + r * candidates.capacity;
@@ -194,15 +195,15 @@ class ChunkSteerer {
   }
 
   template <class Take>
-  void for_each_threshold_entry(SteerScratch& scratch, const Take& take) {
+  void for_each_threshold_entry(const Take& take) {
     const ThresholdLog& log =
-        sweep_threshold_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows, params_.thresholds);
-    scratch.row_starts.assign(static_cast<std::size_t>(x_.rows + 1), 0);
-    for (int64_t i = 0; i < log.count; ++i) ++scratch.row_starts[log.rows[i] + 1];
-    for (int64_t r = 0; r < x_.rows; ++r) scratch.row_starts[r + 1] += scratch.row_starts[r];
-    scratch.row_entries.resize(static_cast<std::size_t>(log.count));
-    for (int64_t i = 0; i < log.count; ++i) scratch.row_entries[scratch.row_starts[log.rows[i]]++] = i;
-    for (const int64_t entry : scratch.row_entries) take(log.rows[entry], log.features[entry], log.values[entry]);
+        encode_threshold_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows, thresholds_);
+    const GroupedLog grouped = group_by_row(thread_encoder_scratch(), log, x_.rows);
+    for (int64_t r = 0; r < x_.rows; ++r) {
+      for (int64_t i = grouped.offsets[r]; i < grouped.offsets[r + 1]; ++i) {
+        take(r, grouped.features[i], grouped.values[i]);
+      }
+    }
   }
 
   // Applies the edits of a row; edited(slot) is then its a'.
@@ -231,12 +232,13 @@ class ChunkSteerer {
 
   void decode(const SteerScratch& scratch) {
     DecodeTask task;
-    task.offsets = scratch.offsets.data();
+    task.begins = scratch.offsets.data();
+    task.ends = task.begins + 1;
     task.indices = {scratch.features.data(), IndexType::kInt64};
     task.values = {scratch.values.data(), DType::kFloat32, static_cast<int64_t>(scratch.values.size()), 1};
     task.weight = params_.weight_dec;
     if (params_.reconstruct) {
-      task.bias = shift_;
+      task.bias = weights_.shift;
     } else {
       task.base = x_;
     }
@@ -261,7 +263,7 @@ class ChunkSteerer {
   const SteerParams& params_;
   const CompiledPlan& plan_;
   const EncoderWeights& weights_;
-  const float* shift_;
+  const float* thresholds_;
   int64_t first_;
   Matrix x_;
   Matrix out_;
@@ -275,13 +277,18 @@ void steer(const SteerParams& params) {
   if (rows == 0 || d == 0) return;
   const CompiledPlan plan = compile(params);
   const std::vector<float> shift = widened(params.shift);
-  EncoderWeights weights{params.weight_enc, params.bias, shift.empty() ? nullptr : shift.data()};
   const bool encodes_all = params.reconstruct || (params.k > 0 && plan.needs_activations);
+  const EncoderWeights weights =
+      prepare_weights(params.weight_enc, params.bias, shift, {params.packed, params.packed_bytes},
+                      encodes_all ? rows : 0, params.k, params.threads);
+  const std::vector<float> thresholds = encodes_all && params.k == 0
+                                            ? widened_thresholds(params.thresholds, params.weight_enc.rows)
+                                            : std::vector<float>();
   const int64_t swept = encodes_all ? params.weight_enc.rows : plan.slots();
   const SweepPartition partition = partition_sweep(rows, swept, d, params.threads, false);
   parallel_for(partition.chunks, partition.threads, [&](int64_t chunk) {
     const int64_t first = chunk * partition.chunk_rows;
-    ChunkSteerer(params, plan, weights, weights.shift, first, std::min(partition.chunk_rows, rows - first)).run();
+    ChunkSteerer(params, plan, weights, thresholds.data(), first, std::min(partition.chunk_rows, rows - first)).run();
   });
 }
 

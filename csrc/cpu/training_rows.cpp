@@ -188,7 +188,7 @@ float group_columns(Element element, const StepGroupsTask& task, int64_t feature
 
 }  // namespace
 
-void pack_panel(const PackTask& task) {
+void pack_panel(const PanelTask& task) {
   with_element(task.matrix.dtype, [&](auto element) {
     const auto* data = static_cast<const typename decltype(element)::Storage*>(task.matrix.data);
     const int64_t width = panel_width(task.panels, task.panel), first = task.panel * task.panels.columns;

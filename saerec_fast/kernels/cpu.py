@@ -33,6 +33,18 @@ def _float_vector(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32)
 
 
+def _packed(packed: Tensor | None) -> tuple[int, int] | None:
+    return None if packed is None else (packed.data_ptr(), packed.shape[0])
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Packed encoder weights, uint8 ``(bytes,)``; see csrc/include/saerec/packed.h."""
+    weight = _unit_columns(weight)
+    out = torch.empty(_C.packed_size(*weight.shape), dtype=torch.uint8)
+    _C.pack(_DTYPE[weight.dtype], _matrix(weight), _vector(bias), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def linear_topk(
     x: Tensor,
     weight: Tensor,
@@ -40,8 +52,10 @@ def linear_topk(
     k: int,
     exclude_offsets: Tensor | None,
     exclude_ids: Tensor | None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values ``(R, k)`` in the dtype of x, indices int64 ``(R, k)``."""
+    weight = _unit_columns(weight)
     values = torch.empty((x.shape[0], k), dtype=x.dtype)
     indices = torch.empty((x.shape[0], k), dtype=torch.int64)
     _C.linear_topk(
@@ -57,13 +71,17 @@ def linear_topk(
         values.data_ptr(),
         indices.data_ptr(),
         1,
+        _packed(packed),
         torch.get_num_threads(),
     )
     return values, indices
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Values ``(R, k)`` after the ReLU, indices int32 ``(R, k)``."""
+    W_enc = _unit_columns(W_enc)
     values = torch.empty((x.shape[0], k), dtype=x.dtype)
     indices = torch.empty((x.shape[0], k), dtype=torch.int32)
     _C.linear_topk(
@@ -79,15 +97,22 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | 
         values.data_ptr(),
         indices.data_ptr(),
         0,
+        _packed(packed),
         torch.get_num_threads(),
     )
     return values, indices
 
 
 def encode_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    threshold: Tensor,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets int64 ``(R + 1,)``, indices int32 ``(entries,)``, values ``(entries,)`` in the dtype of x."""
+    W_enc = _unit_columns(W_enc)
     dtype = _DTYPE[x.dtype]
     threshold = _float_vector(threshold)
     rows = _C.encode_threshold(
@@ -97,6 +122,7 @@ def encode_threshold(
         _vector(b_enc),
         _vector(b_dec),
         _vector(threshold),
+        _packed(packed),
         torch.get_num_threads(),
     )
     offsets = torch.empty(x.shape[0] + 1, dtype=torch.int64)
@@ -104,6 +130,29 @@ def encode_threshold(
     values = torch.empty(rows.n_entries, dtype=x.dtype)
     rows.copy_to(offsets.data_ptr(), indices.data_ptr(), values.data_ptr(), dtype)
     return offsets, indices, values
+
+
+def encode_features(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor, features: Tensor
+) -> Tensor:
+    """Activations of the chosen features ``(m,)``, dense ``(R, m)``."""
+    W_enc = _unit_columns(W_enc)
+    threshold = _float_vector(threshold)
+    features = features.to(torch.int64).contiguous()
+    out = torch.empty((x.shape[0], features.shape[0]), dtype=x.dtype)
+    _C.encode_features(
+        _DTYPE[x.dtype],
+        _matrix(x),
+        _matrix(W_enc),
+        _vector(b_enc),
+        _vector(b_dec),
+        _vector(threshold),
+        features.data_ptr(),
+        features.shape[0],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def decode_sparse(offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -264,6 +313,77 @@ def adam_step(
     )
 
 
+def reconstruct(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    k: int,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Reconstructed hidden states ``(R, d)``: top-k where k > 0, thresholds otherwise."""
+    W_enc = _unit_columns(W_enc)
+    threshold = None if threshold is None else _float_vector(threshold)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.reconstruct(
+        _DTYPE[x.dtype],
+        _matrix(x),
+        _matrix(W_enc),
+        _vector(b_enc),
+        _vector(b_dec),
+        _matrix(W_dec),
+        k,
+        None if threshold is None else _vector(threshold),
+        _matrix(out),
+        _packed(packed),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+class BoundReconstruct:
+    """:func:`reconstruct` with the weights fixed: what is left to do for a batch is one allocation and one call.
+
+    Keeps the tensors alive; they must not be replaced or written to while it is in use.
+    """
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None,
+        W_dec: Tensor,
+        threshold: Tensor | None,
+        k: int,
+    ) -> None:
+        W_enc, W_dec = W_enc.detach(), W_dec.detach()
+        threshold = None if threshold is None else _float_vector(threshold)
+        packed = pack(W_enc, b_enc)
+        self._kept = W_enc, b_enc, b_dec, W_dec, threshold, packed
+        self._run = _C.BoundReconstruct(
+            _DTYPE[W_enc.dtype],
+            _matrix(W_enc),
+            _vector(b_enc),
+            _vector(b_dec),
+            _matrix(W_dec),
+            k,
+            None if threshold is None else _vector(threshold),
+            _packed(packed),
+        ).run
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x (..., d)`` on the CPU in the dtype of the weights."""
+        if x.dim() != 2:
+            return self(x.reshape(-1, x.shape[-1])).view(x.shape)
+        rows, columns = x.stride()
+        # The cheapest way to allocate in torch: a shape and a dtype cost three times as much.
+        out = torch.empty_like(x) if columns == 1 and rows == x.shape[1] else torch.empty(x.shape, dtype=x.dtype)
+        self._run(x.data_ptr(), x.shape[0], rows, columns, out.data_ptr(), torch.get_num_threads())
+        return out
+
+
 def steer(
     x: Tensor,
     W_enc: Tensor,
@@ -277,11 +397,13 @@ def steer(
     ops: list[int],
     values: Tensor,
     mask: Tensor | None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Steered hidden states ``(R, d)``. ``values`` is ``(m,)`` or ``(R, m)``, ``mask`` bool ``(R,)``."""
     values = _float_vector(values).contiguous()
     mask = None if mask is None else mask.contiguous()
     threshold = None if threshold is None else _float_vector(threshold)
+    W_enc = _unit_columns(W_enc)
     edit_features, edit_ops = array("q", features), array("q", ops)
     out = torch.empty(x.shape, dtype=x.dtype)
     _C.steer(
@@ -301,13 +423,14 @@ def steer(
         values.shape[-1] if values.dim() == 2 else 0,
         0 if mask is None else mask.data_ptr(),
         _matrix(out),
+        _packed(packed),
         torch.get_num_threads(),
     )
     return out
 
 
 def _unit_columns(matrix: Tensor) -> Tensor:
-    # Gradient kernels read whole rows; a strided view is rare there, and copying it is linear in its size.
+    # Most kernels read whole rows; a strided view is rare, and copying it is linear in its size.
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 

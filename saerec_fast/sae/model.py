@@ -13,7 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saerec_fast.api import decode_sparse, encode_threshold, encode_topk, linear_topk, reconstruct, steer
+from saerec_fast.api import (
+    bind_reconstruct,
+    decode_sparse,
+    encode_features,
+    encode_threshold,
+    encode_topk,
+    linear_topk,
+    pack_weights,
+    reconstruct,
+    steer,
+)
+from saerec_fast.backend import KERNEL_DTYPES, choose
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
 from saerec_fast.sae.activation_store import ActivationStore
 from saerec_fast.training_ops import largest_entries
@@ -21,6 +32,7 @@ from saerec_fast.types import (
     Activation,
     BatchTopK,
     JumpReLU,
+    PackedWeights,
     ReLU,
     SparseFeatures,
     SteeringPlan,
@@ -54,6 +66,14 @@ class FoldedWeights(NamedTuple):
     b_enc: Tensor
     b_dec: Tensor
     W_dec: Tensor
+
+
+class _Bound(NamedTuple):
+    """A forward pass with its arguments fixed. The tensors are kept so that no new one gets the address of an old one."""
+
+    key: tuple[Any, ...]
+    tensors: tuple[Tensor | None, ...]
+    run: Callable[[Tensor], Tensor] | None
 
 
 class SparseAutoencoder(nn.Module):
@@ -116,7 +136,7 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
         self.d_model = d_model
         self.n_features = n_features
-        self._folded: tuple[tuple[Any, ...], FoldedWeights] | None = None
+        self._forget_derived()
         self._scalars_seen: tuple[Any, ...] | None = None
         self.register_buffer("threshold", None)
         self.activation = ReLU() if activation is None else activation
@@ -206,13 +226,52 @@ class SparseAutoencoder(nn.Module):
         self._check_width(x)
         weights = self.folded_weights()
         activation = self.activation
+        packed = self._packed_weights(weights)
         if isinstance(activation, TopK):
-            return encode_topk(x, weights.W_enc, weights.b_enc, weights.b_dec, k=activation.k)
+            return encode_topk(x, weights.W_enc, weights.b_enc, weights.b_dec, k=activation.k, packed=packed)
         if isinstance(activation, BatchTopK) and self.training:
             return encode_batch_topk(x, weights, activation.k)
         threshold = inference_threshold(activation)
         assert threshold is not None  # only TopK has none
-        return encode_threshold(x, weights.W_enc, weights.b_enc, weights.b_dec, threshold)
+        return encode_threshold(x, weights.W_enc, weights.b_enc, weights.b_dec, threshold, packed=packed)
+
+    def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
+        """Activations of chosen features only.
+
+        Threshold activations cost one dot product a feature; a ``TopK`` has to encode the whole dictionary to know which
+        of them are selected. A :class:`~saerec_fast.types.BatchTopK` goes by its threshold, also in training.
+
+        Args:
+            x: ``(..., d_model)``.
+            features: integer ids ``(m,)``.
+
+        Returns:
+            ``(..., m)``, in normalised units.
+
+        Raises:
+            ValueError: another width, an id out of range, or a ``BatchTopK`` without a threshold.
+        """
+        self._check_width(x)
+        weights = self.folded_weights()
+        activation = self.activation
+        threshold = inference_threshold(activation)
+        if threshold is not None:
+            return encode_features(x, weights.W_enc, weights.b_enc, weights.b_dec, threshold, features)
+        if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
+        if features.numel() and not (int(features.min()) >= 0 and int(features.max()) < self.n_features):
+            low, high = int(features.min()), int(features.max())
+            raise ValueError(f"features: ids go from 0 to {self.n_features - 1}, got {low} to {high}")
+        encoded = self.encode(x)
+        # One column per distinct id asked for, and one for all the others.
+        distinct, column = features.long().unique(return_inverse=True)
+        columns = torch.full((self.n_features,), distinct.numel(), device=x.device).index_put(
+            (distinct,), torch.arange(distinct.numel(), device=x.device)
+        )
+        wanted = columns[encoded.indices.long()]
+        dense = encoded.values.new_zeros(encoded.n_rows, distinct.numel() + 1)
+        dense = dense.index_put((encoded.row_ids(), wanted), encoded.values, accumulate=True)
+        return dense[:, column].reshape(*x.shape[:-1], features.numel())
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Hidden states ``(*batch_shape, d_model)`` from feature activations.
@@ -236,6 +295,11 @@ class SparseAutoencoder(nn.Module):
         if self.training or self._needs_grad() or (torch.is_grad_enabled() and x.requires_grad):
             return self.decode(self.encode(x))
         self._check_width(x)
+        # A subclass may be a stand-in without memory, as compilers pass.
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            bound = self._bound_reconstruct()
+            if bound is not None and x.dtype == self._parameters["W_enc"].dtype and x.is_cpu:
+                return bound(x)
         weights = self.folded_weights()
         return reconstruct(x, weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, self._inference_activation())
 
@@ -268,6 +332,7 @@ class SparseAutoencoder(nn.Module):
             plan,
             strengths=strengths,
             valid=valid,
+            packed=self._packed_weights(weights),
         )
 
     def folded_weights(self) -> FoldedWeights:
@@ -386,7 +451,7 @@ class SparseAutoencoder(nn.Module):
 
     def train(self, mode: bool = True) -> SparseAutoencoder:
         """Switch between training and evaluation; drops folded weights that were kept."""
-        self._folded = None
+        self._forget_derived()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
@@ -397,14 +462,74 @@ class SparseAutoencoder(nn.Module):
             moved: Tensor = getattr(self, name)
             if moved.dtype != scalar.dtype:
                 setattr(self, name, scalar.to(moved.device))
-        self._folded = None
+        self._forget_derived()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._folded = None
+        self._forget_derived()
         if not self.mean.is_meta:
             self._refresh_normalization()
+
+    def _forget_derived(self) -> None:
+        # What is made from the parameters and kept until they change, each with the key it was made for.
+        self._folded: tuple[Any, FoldedWeights] | None = None
+        self._packed: tuple[Any, PackedWeights | None] | None = None
+        self._bound: _Bound | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None, "_packed": None, "_bound": None}
+
+    def _packed_weights(self, weights: FoldedWeights) -> PackedWeights | None:
+        """Packed weights of the evaluation mode; in training they change too often to be kept."""
+        if self.training or torch.compiler.is_compiling() or choose(weights.W_enc.device.type) != "cpu":
+            return None
+        key = _version_key(weights.W_enc, weights.b_enc)
+        if key is None:
+            return None
+        if self._packed is None or self._packed[0] != key:
+            try:
+                packed = pack_weights(weights.W_enc, weights.b_enc)
+            except ValueError:
+                # Not finite, or float64: the ops know what to do.
+                packed = None
+            self._packed = key, packed
+        return self._packed[1]
+
+    def _bound_reconstruct(self) -> Callable[[Tensor], Tensor] | None:
+        """The whole forward pass with its arguments checked and fixed, or ``None`` where no kernel can run it."""
+        # Straight from the dictionaries: module attributes cost more than all the rest of a call.
+        W_enc, b_enc, W_dec, b_dec = self._parameters.values()
+        threshold, mean, std = self._buffers.values()
+        try:
+            key = (
+                self._activation,
+                W_enc.data_ptr(),
+                W_enc._version,
+                b_enc.data_ptr(),
+                b_enc._version,
+                W_dec.data_ptr(),
+                W_dec._version,
+                b_dec.data_ptr(),
+                b_dec._version,
+                mean.data_ptr(),
+                mean._version,
+                std.data_ptr(),
+                std._version,
+                *((threshold.data_ptr(), threshold._version) if threshold is not None else ()),
+            )
+        except RuntimeError:
+            # Tensors made under inference_mode do not count their versions.
+            return None
+        if self._bound is not None and self._bound.key == key:
+            return self._bound.run
+        run = None
+        if W_enc.device.type == "cpu" and W_enc.dtype in KERNEL_DTYPES:
+            weights = self.folded_weights()
+            activation = self._inference_activation()
+            run = bind_reconstruct(weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, activation)
+        self._bound = _Bound(key, (W_enc, b_enc, W_dec, b_dec, threshold, mean, std), run)
+        return run
 
     def _refresh_normalization(self) -> None:
         if self.mean.is_meta:
@@ -414,9 +539,7 @@ class SparseAutoencoder(nn.Module):
         self._is_normalized = self._mean != 0.0 or self._std != 1.0
 
     def _needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        )
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters.values())
 
     def _plain_weights(self) -> FoldedWeights:
         return FoldedWeights(self.W_enc, self.b_enc, self.b_dec, self.W_dec)

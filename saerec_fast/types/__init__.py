@@ -1,6 +1,7 @@
 """Value types shared by every layer; they hold no algorithm."""
 
 from saerec_fast.types.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK, inference_threshold
+from saerec_fast.types.packed import PackedWeights
 from saerec_fast.types.plan import Edit, SteeringPlan
 from saerec_fast.types.ragged import Ragged
 from saerec_fast.types.results import SparseFeatures, TopKResult
@@ -10,6 +11,7 @@ __all__ = [
     "BatchTopK",
     "Edit",
     "JumpReLU",
+    "PackedWeights",
     "Ragged",
     "ReLU",
     "SparseFeatures",

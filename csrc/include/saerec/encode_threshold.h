@@ -13,11 +13,13 @@
 namespace saerec {
 
 struct EncodeThresholdParams {
-  Matrix x;           // (B, d)
-  Matrix weight;      // (n, d)
-  Vector bias;        // (n) or absent
-  Vector shift;       // (d) or absent
-  Vector thresholds;  // (n), or size 1 for all features
+  Matrix x;                      // (B, d)
+  Matrix weight;                 // (n, d)
+  Vector bias;                   // (n) or absent
+  Vector shift;                  // (d) or absent
+  Vector thresholds;             // (n), or size 1 for all features
+  const void* packed = nullptr;  // of the encoder (saerec/packed.h), or absent
+  int64_t packed_bytes = 0;
   int threads = 1;
 };
 

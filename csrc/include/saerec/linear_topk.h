@@ -20,6 +20,8 @@ struct LinearTopKParams {
   void* values = nullptr;   // (B, k) contiguous, dtype of x
   void* indices = nullptr;  // (B, k) contiguous
   IndexType index_type = IndexType::kInt64;
+  const void* packed = nullptr;  // of the encoder (saerec/packed.h), or absent
+  int64_t packed_bytes = 0;
   int threads = 1;
 };
 

@@ -29,6 +29,8 @@ struct SteerParams {
   int64_t edit_values_row_stride = 0;
   const bool* row_mask = nullptr;  // (B) or absent
   Matrix out;                      // (B, d) contiguous, dtype of x
+  const void* packed = nullptr;    // of the encoder (saerec/packed.h), or absent
+  int64_t packed_bytes = 0;
   int threads = 1;
 };
 
