@@ -57,8 +57,8 @@ def _run(name: str, *args: Any) -> Any:
 def pack_weights(weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
     """Prepare encoder weights (or item embeddings) for many calls.
 
-    The CPU kernels screen scores with a copy of the weights in bytes. Batches of 16 rows and more make it on the fly, at
-    about the price of scoring a dozen rows; packed once, smaller batches are screened too.
+    The CPU kernels screen scores with a copy of the weights in bytes. Batches of 16 rows and more make it on the fly,
+    at about the price of scoring a dozen rows; packed once, smaller batches are screened too.
 
     Args:
         weight: ``(n, d)`` on the CPU; float32, bfloat16 or float16.
@@ -320,7 +320,7 @@ def _check_autoencoder(
 def bind_reconstruct(
     W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, W_dec: Tensor, activation: Activation
 ) -> Callable[[Tensor], Tensor] | None:
-    """:func:`reconstruct` with everything but ``x`` checked and fixed, without gradients; ``None`` where no kernel runs.
+    """:func:`reconstruct` with all but ``x`` checked and fixed, without gradients; ``None`` where no kernel runs.
 
     What it returns takes CPU tensors ``(..., d)`` of the weights' dtype, and trusts that they are.
     """

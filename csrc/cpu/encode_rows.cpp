@@ -146,6 +146,7 @@ TopKCandidates encode_topk_chunk(EncoderScratch& scratch, const Matrix& x, const
   candidates.scored = scratch.scored.get<int64_t>(x.rows);
   candidates.bounds = scratch.bounds.get<float>(x.rows);
   if (weights.packed.codes != nullptr) {
+    candidates.reached = scratch.reached.get<float>(x.rows);
     candidates.maxima = scratch.maxima.get<float>(x.rows * group_count(k));
     std::fill_n(candidates.maxima, x.rows * group_count(k), -std::numeric_limits<float>::infinity());
   }

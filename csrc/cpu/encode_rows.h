@@ -12,7 +12,7 @@ namespace saerec {
 // The scratch of one thread; see thread_encoder_scratch().
 struct EncoderScratch {
   ScratchBuffer x, codes, screens, uppers;
-  ScratchBuffer values, features, counts, scored, bounds, maxima, keys, cursors, positions, chosen_features,
+  ScratchBuffer values, features, counts, scored, bounds, maxima, reached, keys, cursors, positions, chosen_features,
       chosen_scores, exact;
   ScratchBuffer group_offsets, group_cursors, group_features, group_values;
   ThresholdLog log;  // owns malloc'ed arrays, kept between calls

@@ -66,7 +66,7 @@ void sweep(const EncodeTask& task, Sink& sink) {
 }
 
 // Elements of weight rows beyond those of k candidates above which two steps of scoring beat one.
-constexpr int64_t kMinSurplus = 4096;
+constexpr int64_t kMinSurplus = 2048;
 
 struct TopKSink {
   TopKTask& task;
@@ -110,10 +110,12 @@ struct TopKSink {
     const int64_t added = append_reaching(features, uppers, range.padded, range.first, candidates.bounds[row]);
     for (int64_t i = 0; i < added; ++i) candidates.values[end + i] = uppers[features[i] - range.first];
     candidates.counts[row] += added;
-    if (range.last || candidates.counts[row] - candidates.scored[row] >= pending_limit(candidates.k)) {
-      prune_pending(row);
-      score_pending(row);
-    }
+    const auto too_many = [&] {
+      return candidates.counts[row] - candidates.scored[row] >= pending_limit(candidates.k);
+    };
+    if (!range.last && !too_many()) return;
+    prune_pending(row);
+    if (range.last || too_many()) score_pending(row);
   }
 
   void raise_bound(int64_t row, const float* uppers) {
@@ -123,6 +125,7 @@ struct TopKSink {
     float* maxima = candidates.maxima + row * groups;
     take_maxima(maxima, groups, uppers, range.padded);
     const float reached = group_bound(maxima, groups, candidates.k, candidates.bounds[row], guess);
+    candidates.reached[row] = reached;
     if (reached != -__builtin_inff()) {
       const float bound = reached - uncertainty(screen, max_margin) - absolute(reached) * 8.0f * kRounding;
       if (bound > candidates.bounds[row]) candidates.bounds[row] = bound;
@@ -149,18 +152,17 @@ struct TopKSink {
   }
 
   // The bound so far allows for the uncertainty of the screen twice: of the k-th best, and of each candidate. Scoring
-  // the k most promising ones first takes the first away, and with it about a third of the rows to be read.
+  // those first that reach what k of the uppers reach takes the first away, and with it about a third of the rows to be
+  // read. Needs all candidates of the row pending.
   void score_promising(int64_t row) {
     TopKCandidates& candidates = task.candidates;
-    const int64_t pending = candidates.counts[row] - candidates.scored[row], k = candidates.k;
-    const int64_t begin = row * candidates.capacity + candidates.scored[row];
-    float* uppers = candidates.values + begin;
-    uint32_t* features = candidates.features + begin;
-    fill_keys(candidates.keys, uppers, pending);
-    const Quads kth = quads_set1(kth_largest_key(candidates.keys, pending, k));
-    const auto promising = [&](int64_t i) { return at_least(quads_load(candidates.keys + i), kth); };
+    const int64_t pending = candidates.counts[row];
+    float* uppers = candidates.values + row * candidates.capacity;
+    uint32_t* features = candidates.features + row * candidates.capacity;
+    const Vec reached = set1(candidates.reached[row]);
+    const auto promising = [&](int64_t i) { return at_least(load(F32{}, uppers + i), reached); };
     const int64_t chosen = score_where(row, features, pending, promising);
-    raise_to(row, smallest_of(task.scores, chosen));
+    if (chosen >= candidates.k) raise_to(row, smallest_of(task.scores, chosen));
     const Vec bound = set1(candidates.bounds[row]);
     const auto reaching = [&](int64_t i) { return at_least(load(F32{}, uppers + i), bound); };
     score_where(row, features, pending, [&](int64_t i) { return reaching(i) & ~promising(i); });
@@ -169,7 +171,7 @@ struct TopKSink {
       kept += pack_front(uppers + kept, features + kept, load(F32{}, task.exact + i), quads_load(features + i),
                          reaching(i) & lanes_before(pending - i));
     }
-    candidates.counts[row] = candidates.scored[row] + kept;
+    candidates.counts[row] = kept;
   }
 
   static uint32_t lanes_before(int64_t left) { return left < kLanes ? (1u << left) - 1u : ~0u; }
@@ -222,7 +224,7 @@ struct TopKSink {
     const int64_t scored = candidates.scored[row], pending = candidates.counts[row] - scored;
     const int64_t base = row * candidates.capacity;
     const bool screened = task.encode.packed != nullptr && task.encode.screens[row].usable;
-    if (screened && pending * task.encode.x.cols > candidates.k * task.encode.x.cols + kMinSurplus) {
+    if (screened && scored == 0 && (pending - candidates.k) * task.encode.x.cols > kMinSurplus) {
       score_promising(row);
     } else {
       score_features(task.encode, row, candidates.features + base + scored, pending, candidates.values + base + scored);

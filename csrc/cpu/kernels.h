@@ -78,6 +78,7 @@ struct TopKCandidates {
   int64_t* scored = nullptr;     // (rows)
   float* bounds = nullptr;       // (rows) a lower bound of the k-th best, in units of the row's screen
   float* maxima = nullptr;       // (rows, group_count(k)) of the uppers seen so far
+  float* reached = nullptr;      // (rows) a value that k of those maxima reach, or -infinity
   int64_t capacity = 0;
   int64_t k = 0;
   bool sorted = true;       // leave them in descending order; otherwise in ascending order of feature
@@ -85,7 +86,7 @@ struct TopKCandidates {
 };
 
 // Pending candidates at which a row's are scored, unless the sweep is over before.
-static inline int64_t pending_limit(int64_t k) { return 3 * k + 128; }
+static inline int64_t pending_limit(int64_t k) { return 4 * k + 256; }
 
 // Room that the candidates of a row need: those kept, those pending, a range of newcomers, a vector's overhang.
 static inline int64_t candidate_capacity(int64_t k, int64_t d) {

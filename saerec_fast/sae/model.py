@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class FoldedWeights(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A forward pass with its arguments fixed. The tensors are kept so that no new one gets the address of an old one."""
+    """A forward pass with its arguments fixed. The tensors are kept: no new one may get the address of an old one."""
 
     key: tuple[Any, ...]
     tensors: tuple[Tensor | None, ...]
@@ -117,6 +117,9 @@ class SparseAutoencoder(nn.Module):
     mean: Tensor
     std: Tensor
     threshold: Tensor | None
+    _folded: tuple[Any, FoldedWeights] | None
+    _packed: tuple[Any, PackedWeights | None] | None
+    _bound: _Bound | None
 
     def __init__(
         self,
@@ -238,8 +241,8 @@ class SparseAutoencoder(nn.Module):
     def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
         """Activations of chosen features only.
 
-        Threshold activations cost one dot product a feature; a ``TopK`` has to encode the whole dictionary to know which
-        of them are selected. A :class:`~saerec_fast.types.BatchTopK` goes by its threshold, also in training.
+        Threshold activations cost one dot product a feature; a ``TopK`` has to encode the whole dictionary to know
+        which of them are selected. A :class:`~saerec_fast.types.BatchTopK` goes by its threshold, also in training.
 
         Args:
             x: ``(..., d_model)``.
@@ -259,8 +262,8 @@ class SparseAutoencoder(nn.Module):
             return encode_features(x, weights.W_enc, weights.b_enc, weights.b_dec, threshold, features)
         if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
-        if features.numel() and not (int(features.min()) >= 0 and int(features.max()) < self.n_features):
-            low, high = int(features.min()), int(features.max())
+        low, high = (int(features.min()), int(features.max())) if features.numel() else (0, 0)
+        if low < 0 or high >= self.n_features:
             raise ValueError(f"features: ids go from 0 to {self.n_features - 1}, got {low} to {high}")
         encoded = self.encode(x)
         # One column per distinct id asked for, and one for all the others.
@@ -297,9 +300,9 @@ class SparseAutoencoder(nn.Module):
         self._check_width(x)
         # A subclass may be a stand-in without memory, as compilers pass.
         if type(x) is Tensor and not torch.compiler.is_compiling():
-            bound = self._bound_reconstruct()
-            if bound is not None and x.dtype == self._parameters["W_enc"].dtype and x.is_cpu:
-                return bound(x)
+            run = self._bound_reconstruct(x.dtype)
+            if run is not None and x.is_cpu:
+                return run(x)
         weights = self.folded_weights()
         return reconstruct(x, weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, self._inference_activation())
 
@@ -473,9 +476,9 @@ class SparseAutoencoder(nn.Module):
 
     def _forget_derived(self) -> None:
         # What is made from the parameters and kept until they change, each with the key it was made for.
-        self._folded: tuple[Any, FoldedWeights] | None = None
-        self._packed: tuple[Any, PackedWeights | None] | None = None
-        self._bound: _Bound | None = None
+        self._folded = None
+        self._packed = None
+        self._bound = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": None, "_packed": None, "_bound": None}
@@ -496,11 +499,13 @@ class SparseAutoencoder(nn.Module):
             self._packed = key, packed
         return self._packed[1]
 
-    def _bound_reconstruct(self) -> Callable[[Tensor], Tensor] | None:
+    def _bound_reconstruct(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """The whole forward pass with its arguments checked and fixed, or ``None`` where no kernel can run it."""
         # Straight from the dictionaries: module attributes cost more than all the rest of a call.
-        W_enc, b_enc, W_dec, b_dec = self._parameters.values()
-        threshold, mean, std = self._buffers.values()
+        W_enc, b_enc, W_dec, b_dec = cast(list[Tensor], self._parameters.values())
+        threshold, mean, std = cast(list[Tensor], self._buffers.values())
+        if W_enc.dtype != dtype:
+            return None
         try:
             key = (
                 self._activation,
@@ -539,7 +544,8 @@ class SparseAutoencoder(nn.Module):
         self._is_normalized = self._mean != 0.0 or self._std != 1.0
 
     def _needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters.values())
+        parameters = cast(list[Tensor], self._parameters.values())
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
 
     def _plain_weights(self) -> FoldedWeights:
         return FoldedWeights(self.W_enc, self.b_enc, self.b_dec, self.W_dec)

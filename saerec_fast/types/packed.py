@@ -18,8 +18,8 @@ class PackedWeights:
     Attributes:
         data: uint8 ``(bytes,)`` with a header that names its version and shape, about ``n · d`` bytes.
         shape: ``(n, d)``.
-        source: identifies the tensors it was made from while they live, so that stale ones are noticed; ``None``: do not
-            check.
+        source: identifies the tensors it was made from while they live, so that stale ones are noticed; ``None``: do
+            not check.
     """
 
     data: Tensor
