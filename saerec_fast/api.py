@@ -119,7 +119,7 @@ def linear_topk(
     excluded = validation.check_exclude(exclude, batch_shape.numel(), x)
     packed_bytes = validation.check_packed(packed, weight, bias)
     if resolve(backend, x) == "reference":
-        validation.check_exclude_ids(excluded, weight.shape[0])
+        validation.check_exclude_values(excluded, weight.shape[0])
         return reference.linear_topk(x, weight, bias, k=k, exclude=excluded)
     offsets, ids = (None, None) if excluded is None else excluded
     values, indices = _run("linear_topk", _flat(x), weight, bias, k, offsets, ids, packed_bytes)

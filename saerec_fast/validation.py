@@ -99,16 +99,17 @@ def check_exclude(exclude: Ragged | Sequence[Sequence[int] | Tensor] | None, row
     offsets, ids = (part.to(device=x.device, dtype=torch.int64).contiguous() for part in exclude)
     if offsets.shape != (rows + 1,):
         raise ValueError(f"exclude: expected one list of ids per row ({rows} rows), got {offsets.numel() - 1}")
-    # Values cannot be looked at while a graph is traced.
-    if not torch.compiler.is_compiling() and (
-        int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel() or bool((offsets.diff() < 0).any())
-    ):
-        raise ValueError(f"exclude: offsets must rise from 0 to {ids.numel()}, the number of ids")
     return Ragged(offsets, ids)
 
 
-def check_exclude_ids(exclude: Ragged | None, n: int) -> None:
-    if exclude is not None and exclude.ids.numel():
+def check_exclude_values(exclude: Ragged | None, n: int) -> None:
+    """What the kernels check for themselves."""
+    if exclude is None:
+        return
+    offsets, ids = exclude
+    if int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel() or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"exclude: offsets must rise from 0 to {ids.numel()}, the number of ids")
+    if ids.numel():
         low, high = exclude.ids.aminmax()
         if int(low) < 0 or int(high) >= n:
             raise ValueError(f"exclude: expected ids from 0 to {n - 1}, got {int(low)} to {int(high)}")

@@ -74,7 +74,7 @@ void pack(int dtype, const py::tuple& weight, const py::object& bias, uintptr_t 
 }
 
 void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const py::object& bias,
-                 const py::object& shift, int64_t k, uintptr_t exclude_offsets, uintptr_t exclude_ids, bool relu,
+                 const py::object& shift, int64_t k, uintptr_t exclude_offsets, uintptr_t exclude_ids, int64_t exclude_count, bool relu,
                  uintptr_t values, uintptr_t indices, int index_type, const py::object& packed, int threads) {
   saerec::LinearTopKParams params;
   params.x = matrix(x, dtype);
@@ -84,6 +84,7 @@ void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const p
   params.k = k;
   params.exclude_offsets = pointer<const int64_t>(exclude_offsets);
   params.exclude_ids = pointer<const int64_t>(exclude_ids);
+  params.exclude_count = exclude_count;
   params.relu = relu;
   params.values = pointer<void>(values);
   params.indices = pointer<void>(indices);

@@ -152,8 +152,8 @@ struct TopKSink {
   }
 
   // The bound so far allows for the uncertainty of the screen twice: of the k-th best, and of each candidate. Scoring
-  // those first that reach what k of the uppers reach takes the first away, and with it about a third of the rows to be
-  // read. Needs all candidates of the row pending.
+  // those first that reach what k of the uppers reach takes the first away, and with it many of the rows to be read.
+  // Needs all candidates of the row pending.
   void score_promising(int64_t row) {
     TopKCandidates& candidates = task.candidates;
     const int64_t pending = candidates.counts[row];

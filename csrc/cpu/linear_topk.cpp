@@ -45,6 +45,12 @@ std::vector<int64_t> sorted_exclude_ids(const LinearTopKParams& params) {
   std::vector<int64_t> ids;
   if (params.exclude_offsets == nullptr) return ids;
   const int64_t* offsets = params.exclude_offsets;
+  bool rising = offsets[0] == 0 && offsets[params.x.rows] == params.exclude_count;
+  for (int64_t row = 0; row < params.x.rows; ++row) rising = rising && offsets[row] <= offsets[row + 1];
+  if (!rising) {
+    throw std::invalid_argument("exclude: offsets must rise from 0 to " + std::to_string(params.exclude_count) +
+                                ", the number of ids");
+  }
   ids.assign(params.exclude_ids, params.exclude_ids + offsets[params.x.rows]);
   for (int64_t row = 0; row < params.x.rows; ++row) {
     std::sort(ids.begin() + offsets[row], ids.begin() + offsets[row + 1]);

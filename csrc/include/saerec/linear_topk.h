@@ -16,6 +16,7 @@ struct LinearTopKParams {
   int64_t k = 0;
   const int64_t* exclude_offsets = nullptr;  // (B + 1) or absent
   const int64_t* exclude_ids = nullptr;
+  int64_t exclude_count = 0;  // of ids
   bool relu = false;        // max(value, 0) after the selection
   void* values = nullptr;   // (B, k) contiguous, dtype of x
   void* indices = nullptr;  // (B, k) contiguous
