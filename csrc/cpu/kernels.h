@@ -86,7 +86,7 @@ struct TopKCandidates {
 };
 
 // Pending candidates at which a row's are scored, unless the sweep is over before.
-static inline int64_t pending_limit(int64_t k) { return 4 * k + 256; }
+static inline int64_t pending_limit(int64_t k) { return 8 * k + 1024; }
 
 // Room that the candidates of a row need: those kept, those pending, a range of newcomers, a vector's overhang.
 static inline int64_t candidate_capacity(int64_t k, int64_t d) {
