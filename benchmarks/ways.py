@@ -346,10 +346,9 @@ def items_matmul(inputs: Catalogue, k: int) -> Callable[[Tensor], Tensor]:
 
 
 # Packing once is what a service does; without it the plain call stands for us.
-_PACKED = {"saerec_fast_packed": Way("ours", saerec_packed)} if hasattr(sf, "pack_weights") else {}
 CATALOGUE = {
-    "saerec_fast": Way("variant" if _PACKED else "ours", saerec_catalogue),
-    **_PACKED,
+    "saerec_fast": Way("ours", saerec_packed),
+    "saerec_fast_unpacked": Way("variant", saerec_catalogue),
     "eager": Way("torch", torch_catalogue),
     "faiss": Way("search", faiss_catalogue),
     "implicit": Way("search", implicit_catalogue),
