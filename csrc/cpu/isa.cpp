@@ -12,6 +12,11 @@
 #define SAEREC_TIER avx2
 #include "tier.inc"
 #undef SAEREC_TIER
+#if defined(SAEREC_HAVE_AVX2_VNNI)
+#define SAEREC_TIER avx2_vnni
+#include "tier.inc"
+#undef SAEREC_TIER
+#endif
 #define SAEREC_TIER avx512
 #include "tier.inc"
 #undef SAEREC_TIER
@@ -37,6 +42,10 @@ struct Tier {
 
 // __builtin_cpu_supports checks CPUID and, through XGETBV, that the system saves the registers.
 #if defined(SAEREC_HAVE_X86_TIERS)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -46,9 +55,10 @@ bool has_avx512() {
 const Tier kTiers[] = {
     {"scalar", [] { return true; }, SAEREC_TIER_KERNELS(scalar)},
 #if defined(SAEREC_HAVE_X86_TIERS)
-    {"avx2",
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     SAEREC_TIER_KERNELS(avx2)},
+    {"avx2", has_avx2, SAEREC_TIER_KERNELS(avx2)},
+#if defined(SAEREC_HAVE_AVX2_VNNI)
+    {"avx2_vnni", [] { return has_avx2() && __builtin_cpu_supports("avxvnni"); }, SAEREC_TIER_KERNELS(avx2_vnni)},
+#endif
     {"avx512", has_avx512, SAEREC_TIER_KERNELS(avx512)},
     {"avx512_vnni", [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); },
      SAEREC_TIER_KERNELS(avx512_vnni)},

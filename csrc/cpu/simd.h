@@ -1,5 +1,6 @@
-// The vector types of the tier this file is compiled for (SAEREC_TIER is scalar, avx2, avx512 or avx512_vnni, with the
-// matching compiler flags), as few operations as the kernels need. Everything has internal linkage.
+// The vector types of the tier this file is compiled for (SAEREC_TIER is scalar, avx2, avx2_vnni, avx512 or
+// avx512_vnni, with the matching compiler flags), as few operations as the kernels need. Everything has internal
+// linkage.
 //
 // Vec holds kLanes float32, Quads kLanes int32 or kLanes x 4 bytes. Loads and stores take any alignment. 16-bit floats
 // are widened to float32 on load and rounded to nearest even on store.
@@ -14,6 +15,9 @@
 
 #if defined(SAEREC_TIER_AVX512_VNNI)
 #define SAEREC_TIER_AVX512
+#endif
+#if defined(SAEREC_TIER_AVX2_VNNI)
+#define SAEREC_TIER_AVX2
 #endif
 #if defined(SAEREC_TIER_AVX2) || defined(SAEREC_TIER_AVX512)
 #include <immintrin.h>
@@ -222,7 +226,6 @@ constexpr int kLanes = 8;
 constexpr int kRowTile = 4;  // 4 rows x 2 vectors = 8 accumulators, 2 weights, a broadcast, ones and products in 16
 using Vec = __m256;
 using Quads = __m256i;
-constexpr int kByteLevels = 64;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float value) { return _mm256_set1_ps(value); }
@@ -247,10 +250,16 @@ inline uint32_t at_least(Vec a, Vec b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
 }
 
+#if defined(SAEREC_TIER_AVX2_VNNI)
+constexpr int kByteLevels = 127;
+inline Quads quad_dot(Quads sum, Quads a, Quads b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#else
+constexpr int kByteLevels = 64;
 inline Quads quad_dot(Quads sum, Quads a, Quads b) {
   const Quads pairs = _mm256_maddubs_epi16(a, b);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+#endif
 inline Quads quads_set1(int32_t value) { return _mm256_set1_epi32(value); }
 inline Quads quads_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Quads quads_add(Quads a, Quads b) { return _mm256_add_epi32(a, b); }
