@@ -68,11 +68,14 @@ def check_packed(packed: PackedWeights | None, weight: Tensor, bias: Tensor | No
         raise TypeError(f"packed: expected PackedWeights from pack_weights, got {type(packed).__name__}")
     if packed.shape != tuple(weight.shape):
         raise ValueError(f"packed: expected weights of shape {tuple(weight.shape)}, got {packed.shape}")
-    if packed.data.device != weight.device:
-        raise ValueError(f"packed: expected device {weight.device} like the weights, got {packed.data.device}")
+    data = packed.data
+    if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] == 0 or not data.is_contiguous():
+        raise ValueError(f"packed: expected data uint8 (bytes,), contiguous, got {data.dtype} {tuple(data.shape)}")
+    if data.device != weight.device:
+        raise ValueError(f"packed: expected device {weight.device} like the weights, got {data.device}")
     if packed.source is not None and not torch.compiler.is_compiling() and packed.source != source_of(weight, bias):
         raise ValueError("packed: the weights or the bias are other ones, or have changed since; pack them again")
-    return packed.data
+    return data
 
 
 def check_threshold(threshold: float | Tensor, n: int, x: Tensor) -> Tensor:
