@@ -31,6 +31,9 @@ from saerec_fast.types import (
 )
 from saerec_fast.types.packed import source_of
 
+# First byte of PackedHeader.usable, see csrc/include/saerec/packed.h.
+_USABLE = 12
+
 _kernels: Any = None
 if not available_backends()["cpu"]:
     from saerec_fast.kernels import cpu as _kernels
@@ -77,13 +80,17 @@ def pack_weights(weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
     validation.check_bias("bias", bias, weight.shape[0], weight)
     if resolve("cpu", weight) != "cpu" or _kernels is None:
         raise ValueError("backend: weights are packed for the CPU kernels, which cannot run here")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     n, d = weight.shape
     # Not as an inference tensor, even where inference_mode is on: a later call may save it for its backward.
     with torch.inference_mode(False), torch.no_grad():
-        return PackedWeights(_kernels.pack(weight.detach(), bias), (n, d), source_of(weight, bias))
+        data = _kernels.pack(weight.detach(), bias)
+    if int(data[_USABLE]) == 0:
+        # The kernel, which has seen every weight, has found one that is too large or not finite. PyTorch looks only
+        # now: in a forked child its threads would be waited for in vain.
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return PackedWeights(data, (n, d), source_of(weight, bias))
 
 
 def linear_topk(
