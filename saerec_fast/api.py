@@ -197,11 +197,7 @@ def encode_features(
     """Dense activations ``(..., m)`` of the chosen ``features`` (integer ids ``(m,)``) of a threshold SAE."""
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     bound = validation.check_threshold(threshold, W_enc.shape[0], x)
-    if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
-    n = W_enc.shape[0]
-    if features.numel() and (int(features.min()) < 0 or int(features.max()) >= n):
-        raise ValueError(f"features: ids go from 0 to {n - 1}, got {int(features.min())} to {int(features.max())}")
+    validation.check_features(features, W_enc.shape[0])
     if resolve(backend, x) == "reference":
         return reference.encode_features(x, W_enc, b_enc, b_dec, bound, features)
     out = _run("encode_features", _flat(x), W_enc, b_enc, b_dec, bound, features)

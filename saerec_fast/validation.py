@@ -60,6 +60,17 @@ def check_k(k: int, n: int) -> None:
         raise ValueError(f"k: expected 1 <= k <= {n} (the number of features), got {k}")
 
 
+def check_features(features: Tensor, n: int) -> None:
+    """``features`` are integer ids ``(m,)`` of a dictionary of ``n``."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features: expected a tensor of integer ids (m,), got {type(features).__name__}")
+    if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
+    low, high = (int(features.min()), int(features.max())) if features.numel() else (0, 0)
+    if low < 0 or high >= n:
+        raise ValueError(f"features: ids go from 0 to {n - 1}, got {low} to {high}")
+
+
 def check_packed(packed: PackedWeights | None, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The bytes of packed weights, which must have been made from ``weight`` and ``bias`` as they are now."""
     if packed is None:
