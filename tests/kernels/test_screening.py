@@ -303,6 +303,29 @@ def test_more_features_selected_than_groups_of_scores(k: int) -> None:
         assert_equal(result.values, expected.values.float())
 
 
+@pytest.mark.parametrize("deceptive", ["first_range", "everywhere"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_errors_of_the_screen_that_all_add_up(reverse: bool, deceptive: str) -> None:
+    # Bytes round all but the first dimension of x to 0. Most features are made of just these: their scores look far
+    # better than they are, and hide a few short weights, whose bounds are tight, in another range.
+    n, d, k = 4500, 64, 5
+    x = torch.full((ROWS, d), 0.49 / 127)
+    x[:, 0] = 1
+    weight = torch.full((n, d), -1.0)
+    weight[:, 0] = 0
+    if deceptive == "first_range":
+        weight[2048:] = 0
+        weight[2048:, 0] = -20 / 127
+    good = torch.arange(3000, 3000 + 3 * k, 3)
+    weight[good] = 0
+    weight[good, 0] = -10 / 127
+    if reverse:
+        weight = weight.flip(0)
+    expected = reference.linear_topk(x.double(), weight.double(), k=k)
+    for packed in (None, fast.pack_weights(weight)):
+        assert_equal(fast.linear_topk(x, weight, k=k, packed=packed, backend="cpu").indices, expected.indices)
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending", "alternating"])
 def test_one_feature_per_level(order: str) -> None:
     # Every later feature displaces one, or none does; neighbours are closer than the screen can tell.
