@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SANITIZE_VENV := .venv-sanitize
 BENCH_VENV := .venv-bench
 BENCH_JSON := build/benchmarks/run.json
 # A choice of benchmarks gets a report of its own beside the json; only a whole run replaces the one that is kept.
@@ -30,6 +29,7 @@ help:
 	@echo 'make lint       ruff, mypy, clang-format; changes nothing'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize   kernel tests against an AddressSanitizer and UBSan build'
+	@echo 'make sanitize-thread  thread tests of the kernels against a ThreadSanitizer build'
 	@echo 'make symbols    check that the object files of each tier define no weak symbol'
 	@echo 'make wheel      build a wheel into dist/'
 	@echo 'make clean      remove what the other targets made, except runs/'
@@ -89,21 +89,27 @@ format: setup
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 # Borrows everything but saerec_fast from .venv. Only site directories have their .pth files read, so the editable
-# saerec_fast of .venv stays out.
-$(SANITIZE_VENV)/.installed: $(VENV)/.installed
-	$(BIN)/python -m venv --clear $(SANITIZE_VENV)
-	CXX='$(CXX)' $(SANITIZE_VENV)/bin/python -m pip install -q --no-deps -e . \
-	  --config-settings=cmake.define.SAEREC_SANITIZE=ON --config-settings=build-dir=build/sanitize
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(SANITIZE_VENV)/shared.pth
-	mv $(SANITIZE_VENV)/shared.pth "$$($(SANITIZE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+# saerec_fast of .venv stays out. $* is the CMake option behind SAEREC_, in lower case.
+.venv-%/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear .venv-$*
+	CXX='$(CXX)' .venv-$*/bin/python -m pip install -q --no-deps -e . \
+	  --config-settings=cmake.define.SAEREC_$(shell echo $* | tr a-z A-Z)=ON --config-settings=build-dir=build/$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .venv-$*/shared.pth
+	mv .venv-$*/shared.pth "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
 
 # The runtime has to be loaded before Python is, and finds the C++ exceptions it wraps only if libstdc++ is loaded too.
 # Leaks are not looked for: Python and torch keep memory until the process ends.
-sanitize: $(SANITIZE_VENV)/.installed
+sanitize: .venv-sanitize/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(SANITIZE_VENV)/bin/python -m pytest tests/kernels $(ARGS)
+	  .venv-sanitize/bin/python -m pytest tests/kernels $(ARGS)
+
+# Only the kernels are instrumented, and they run on std::thread here: torch's and Python's own threads are not looked at.
+sanitize-thread: .venv-sanitize_thread/.installed
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 exitcode=66" \
+	  .venv-sanitize_thread/bin/python -m pytest tests/kernels/test_threads.py -k "not fork" $(ARGS)
 
 symbols: setup
 	tools/check_symbols.sh build/cp*/CMakeFiles/saerec_cpu_*.dir
@@ -113,5 +119,5 @@ wheel: setup
 	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(SANITIZE_VENV) $(BENCH_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-* $(BENCH_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find saerec_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

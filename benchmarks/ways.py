@@ -196,19 +196,14 @@ class Step:
         return [W_enc.T if self.transposed[0] else W_enc, b_enc, b_dec, W_dec.T if self.transposed[1] else W_dec]
 
 
-def saerec_step(sae: sf.SparseAutoencoder, x: Tensor) -> Tensor:
-    """Loss and gradients of one batch, the way a user of saerec_fast gets them."""
-    features = sae.encode(x)
-    loss = _squared_error(sae.decode(features), x)
-    if isinstance(sae.activation, sf.ReLU):
-        loss = loss + L1_COEFFICIENT * features.values.sum() / len(x)
-    loss.backward()
-    return loss.detach()
-
-
 def step_saerec(weights: Inputs, k: int) -> Step:
     sae = saerec_module(weights, k).train()
-    return Step(lambda x: saerec_step(sae, x), [sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec])
+
+    def step(x: Tensor) -> Tensor:
+        result = sf.sae.training_step(sae, x, l1_coefficient=0.0 if k else L1_COEFFICIENT)
+        return result.reconstruction_loss if k else result.reconstruction_loss + L1_COEFFICIENT * result.l1
+
+    return Step(step, [sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec])
 
 
 def step_eager(weights: Inputs, k: int) -> Step:
@@ -351,10 +346,9 @@ def items_matmul(inputs: Catalogue, k: int) -> Callable[[Tensor], Tensor]:
 
 
 # Packing once is what a service does; without it the plain call stands for us.
-_PACKED = {"saerec_fast_packed": Way("ours", saerec_packed)} if hasattr(sf, "pack_weights") else {}
 CATALOGUE = {
-    "saerec_fast": Way("variant" if _PACKED else "ours", saerec_catalogue),
-    **_PACKED,
+    "saerec_fast": Way("ours", saerec_packed),
+    "saerec_fast_unpacked": Way("variant", saerec_catalogue),
     "eager": Way("torch", torch_catalogue),
     "faiss": Way("search", faiss_catalogue),
     "implicit": Way("search", implicit_catalogue),

@@ -32,6 +32,9 @@ _SCHEMAS = {
     "sparse_dot": "(Tensor offsets, Tensor indices, Tensor rows, Tensor weight) -> Tensor",
     "sparse_weight_gradient": "(Tensor offsets, Tensor indices, Tensor coefficients, Tensor rows, Tensor? shift,"
     " SymInt n) -> (Tensor, Tensor)",
+    "sparse_training_step": "(Tensor x, Tensor offsets, Tensor indices, Tensor values, Tensor W_enc, Tensor W_dec,"
+    " Tensor? b_dec, float scale, float penalty) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "largest_entries": "(Tensor offsets, Tensor values, int count) -> (Tensor, Tensor)",
     "steer": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor W_dec, Tensor? threshold, int k,"
     " bool reconstruct, int[] features, int[] ops, Tensor values, Tensor? mask,"
     " Tensor? packed=None) -> Tensor",
@@ -95,6 +98,20 @@ def _(offsets: Tensor, indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 @torch.library.register_fake("saerec_fast::sparse_weight_gradient", lib=_library)
 def _(offsets: Tensor, indices: Tensor, coefficients: Tensor, rows: Tensor, shift: Any, n: int) -> Any:
     return rows.new_empty((n, rows.shape[1])), rows.new_empty(n)
+
+
+@torch.library.register_fake("saerec_fast::sparse_training_step", lib=_library)
+def _(x: Tensor, offsets: Tensor, indices: Any, values: Any, W_enc: Tensor, W_dec: Tensor, *args: Any) -> Any:
+    n, d = W_dec.shape
+    sums, counts = x.new_empty(2, dtype=torch.float64), x.new_empty(n, dtype=torch.int64)
+    shapes: tuple[tuple[int, ...], ...] = ((x.shape[0], d), (n, d), (n,), (n, d), (d,))
+    return sums, counts, *(x.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("saerec_fast::largest_entries", lib=_library)
+def _(offsets: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(offsets), offsets.new_empty(kept)
 
 
 @torch.library.register_fake("saerec_fast::steer", lib=_library)

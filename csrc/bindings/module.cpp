@@ -6,14 +6,17 @@
 #include <memory>
 
 #include "../cpu/parallel.h"
+#include "saerec/adam.h"
 #include "saerec/decode_sparse.h"
 #include "saerec/encode_features.h"
 #include "saerec/encode_threshold.h"
 #include "saerec/isa.h"
+#include "saerec/largest_entries.h"
 #include "saerec/linear_topk.h"
 #include "saerec/packed.h"
 #include "saerec/reconstruct.h"
 #include "saerec/sparse_gradients.h"
+#include "saerec/sparse_training_step.h"
 #include "saerec/steer.h"
 
 namespace py = pybind11;
@@ -196,6 +199,68 @@ void steer(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py:
   saerec::steer(params);
 }
 
+void sparse_training_step(int dtype, const py::tuple& x, uintptr_t offsets, uintptr_t indices, int index_type,
+                          const py::tuple& values, const py::tuple& weight_enc, const py::tuple& weight_dec,
+                          const py::object& bias_dec, float scale, float penalty, const py::tuple& residual,
+                          uintptr_t sums, uintptr_t counts, const py::tuple& grad_weight_enc, uintptr_t grad_bias_enc,
+                          const py::tuple& grad_weight_dec, uintptr_t grad_bias_dec, int threads) {
+  saerec::SparseTrainingStepParams params;
+  params.x = matrix(x, dtype);
+  params.offsets = pointer<const int64_t>(offsets);
+  params.indices = {pointer<const void>(indices), static_cast<IndexType>(index_type)};
+  params.values = vector(values, dtype);
+  params.weight_enc = matrix(weight_enc, dtype);
+  params.weight_dec = matrix(weight_dec, dtype);
+  params.bias_dec = vector(bias_dec, dtype);
+  params.scale = scale;
+  params.penalty = penalty;
+  params.residual = matrix(residual, dtype);
+  params.sums = pointer<double>(sums);
+  params.counts = pointer<int64_t>(counts);
+  params.grad_weight_enc = matrix(grad_weight_enc, dtype);
+  params.grad_bias_enc = pointer<void>(grad_bias_enc);
+  params.grad_weight_dec = matrix(grad_weight_dec, dtype);
+  params.grad_bias_dec = pointer<void>(grad_bias_dec);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::sparse_training_step(params);
+}
+
+void largest_entries(uintptr_t offsets, int64_t rows, int dtype, const py::tuple& values, int64_t count,
+                     uintptr_t kept_offsets, uintptr_t kept, int threads) {
+  saerec::LargestEntriesParams params;
+  params.offsets = pointer<const int64_t>(offsets);
+  params.rows = rows;
+  params.values = vector(values, dtype);
+  params.count = count;
+  params.kept_offsets = pointer<int64_t>(kept_offsets);
+  params.kept = pointer<int64_t>(kept);
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::largest_entries(params);
+}
+
+void adam_step(uintptr_t parameter, uintptr_t gradient, uintptr_t exp_avg, uintptr_t exp_avg_sq, int64_t rows,
+               int64_t cols, double step, double learning_rate, double beta1, double beta2, double epsilon,
+               bool unit_rows, int threads) {
+  saerec::AdamParams params;
+  params.parameter = pointer<float>(parameter);
+  params.gradient = pointer<const float>(gradient);
+  params.exp_avg = pointer<float>(exp_avg);
+  params.exp_avg_sq = pointer<float>(exp_avg_sq);
+  params.rows = rows;
+  params.cols = cols;
+  params.step = step;
+  params.learning_rate = learning_rate;
+  params.beta1 = beta1;
+  params.beta2 = beta2;
+  params.epsilon = epsilon;
+  params.unit_rows = unit_rows;
+  params.threads = threads;
+  const py::gil_scoped_release release;
+  saerec::adam_step(params);
+}
+
 void reconstruct(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias,
                  const py::object& shift, const py::tuple& weight_dec, int64_t k, const py::object& thresholds,
                  const py::tuple& out, const py::object& packed, int threads) {
@@ -271,6 +336,9 @@ PYBIND11_MODULE(_C, module) {
                     const py::object&, const py::object&>())
       .def("run", &BoundReconstruct::run);
   module.def("steer", &steer);
+  module.def("sparse_training_step", &sparse_training_step);
+  module.def("largest_entries", &largest_entries);
+  module.def("adam_step", &adam_step);
   py::class_<saerec::SparseRows>(module, "SparseRows")
       .def_property_readonly("n_entries", &saerec::SparseRows::n_entries)
       .def("copy_to",

@@ -22,7 +22,8 @@
 
 #define SAEREC_TIER_KERNELS(tier)                                                       \
   {tier::pack_blocks, tier::encode_topk, tier::encode_threshold, tier::encode_features, \
-   tier::decode_rows, tier::dot_rows,    tier::sum_groups}
+   tier::decode_rows, tier::dot_rows,    tier::sum_groups,       tier::pack_panel,      \
+   tier::step_rows,   tier::step_groups, tier::adam_rows}
 
 namespace saerec {
 

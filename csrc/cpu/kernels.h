@@ -86,7 +86,7 @@ struct TopKCandidates {
 };
 
 // Pending candidates at which a row's are scored, unless the sweep is over before.
-static inline int64_t pending_limit(int64_t k) { return 4 * k + 256; }
+static inline int64_t pending_limit(int64_t k) { return 8 * k + 1024; }
 
 // Room that the candidates of a row need: those kept, those pending, a range of newcomers, a vector's overhang.
 static inline int64_t candidate_capacity(int64_t k, int64_t d) {
@@ -169,6 +169,95 @@ struct GroupedSumTask {
   void* out_sum = nullptr;
 };
 
+// Matrices of a training step as float32 panels of some columns: all rows of a panel before the next panel, so that the
+// panel stays in the second-level cache while rows of it are gathered. Columns past d are zero, up to panel_width.
+constexpr int64_t kPanelAlignment = 16;  // a vector of the widest tier
+constexpr int64_t kMaxPanelColumns = 64;
+
+struct Panels {
+  int64_t d = 0;
+  int64_t columns = kMaxPanelColumns;  // a multiple of kPanelAlignment
+};
+
+static inline int64_t panel_count(const Panels& panels) { return (panels.d + panels.columns - 1) / panels.columns; }
+static inline int64_t panel_width(const Panels& panels, int64_t panel) {
+  const int64_t columns = panels.d - panel * panels.columns;
+  return columns >= panels.columns ? panels.columns
+                                   : (columns + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
+}
+
+struct PanelTask {
+  Panels panels;
+  Matrix matrix;
+  int64_t panel = 0;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  float* out = nullptr;  // (matrix.rows, panel_width): the panel
+};
+
+// One panel of rows [row_begin, row_end) of a training step: reconstruction, residual, dot products of the entries.
+struct StepRowsTask {
+  Panels panels;
+  int64_t panel = 0;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  Matrix x;  // all rows
+  const int64_t* offsets = nullptr;
+  const int32_t* indices = nullptr;
+  const float* values = nullptr;
+  const float* weight = nullptr;  // this panel's first column of W_dec
+  int64_t weight_stride = 0;
+  const float* bias_dec = nullptr;  // (panel_count * panels.columns), zero past d
+  float scale = 1;
+  float penalty = 0;
+  float* states = nullptr;  // this panel; a row holds its residual, then x less the bias, each panel_width long
+  float* entry_gradients = nullptr;  // the dot products so far, after the last panel the gradients
+  Matrix residual;
+  float* residual_sum = nullptr;  // (panel_width): of these rows; starts at zero
+  double squared_sum = 0;         // of these rows
+};
+
+struct StepEntry {
+  int32_t row;
+  float value;
+  float gradient;
+};
+
+// Columns of one panel of the weight gradients of features [feature_begin, feature_end).
+struct StepGroupsTask {
+  Panels panels;
+  int64_t panel = 0;
+  int64_t feature_begin = 0;
+  int64_t feature_end = 0;
+  const int64_t* group_offsets = nullptr;  // (n + 1)
+  const StepEntry* entries = nullptr;      // grouped by feature, in row order
+  const float* states = nullptr;           // as StepRowsTask
+  float scale = 1;
+  Matrix weight_enc;
+  Matrix grad_weight_enc;
+  Matrix grad_weight_dec;
+  void* grad_bias_enc = nullptr;
+  float* bias_part = nullptr;  // (kMaxPanelColumns): this panel's columns of sum_f grad_bias_enc[f] * W_enc[f]; written
+};
+
+// Rows [row_begin, row_end) of an Adam step. Numbers are rounded to float32 where torch rounds them.
+struct AdamTask {
+  float* parameter = nullptr;
+  const float* gradient = nullptr;
+  float* exp_avg = nullptr;
+  float* exp_avg_sq = nullptr;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  int64_t cols = 0;
+  float negative_step_size = 0;
+  float one_minus_beta1 = 0;
+  float beta2 = 0;
+  float one_minus_beta2 = 0;
+  float correction2_sqrt = 1;
+  float epsilon = 0;
+  bool unit_rows = false;
+};
+
 struct Kernels {
   void (*pack_blocks)(PackTask&);
   // Leaves the best (at most k) candidates of every row.
@@ -178,6 +267,10 @@ struct Kernels {
   void (*decode_rows)(const DecodeTask&);
   void (*dot_rows)(const DotTask&);
   void (*sum_groups)(const GroupedSumTask&);
+  void (*pack_panel)(const PanelTask&);
+  void (*step_rows)(StepRowsTask&);
+  void (*step_groups)(const StepGroupsTask&);
+  void (*adam_rows)(const AdamTask&);
 };
 
 const Kernels& active_kernels();

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 #include <exception>
+#if defined(SAEREC_STD_THREADS)
+#include <atomic>
+#include <mutex>
+#include <thread>
+#include <vector>
+#endif
 
 namespace saerec {
 
@@ -28,6 +34,25 @@ void parallel_for(int64_t n_tasks, int threads, const Body& body) {
     return;
   }
   std::exception_ptr error;
+#if defined(SAEREC_STD_THREADS)
+  // ThreadSanitizer understands these, and not libgomp's barriers.
+  std::atomic<int64_t> next{0};
+  std::mutex error_mutex;
+  const auto work = [&] {
+    for (int64_t task = next++; task < n_tasks; task = next++) {
+      try {
+        body(task);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  };
+  std::vector<std::thread> workers;
+  for (int i = 1; i < threads; ++i) workers.emplace_back(work);
+  work();
+  for (std::thread& worker : workers) worker.join();
+#else
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t task = 0; task < n_tasks; ++task) {
     try {
@@ -37,6 +62,7 @@ void parallel_for(int64_t n_tasks, int threads, const Body& body) {
       if (!error) error = std::current_exception();
     }
   }
+#endif
   if (error) std::rethrow_exception(error);
 }
 

@@ -19,6 +19,9 @@ namespace {
 // Longer chains would lose more precision than a matmul, which sums in blocks too.
 constexpr int64_t kChainVectors = 16;
 
+// Rows up to this many bytes are fetched into the first-level cache, where two tiles of them have room.
+constexpr int64_t kFirstLevelRow = 1024;
+
 // sums[i] = lane-wise sums of x * rows[i] over dimensions [begin, end).
 template <class Element>
 inline void chain_sums(Element element, const float* x, const typename Element::Storage* const* rows, int64_t begin,
@@ -61,7 +64,11 @@ void score_list(Element element, const float* x, const EncodeTask& task, const u
     const int64_t end = begin + kLanes < count ? begin + kLanes : count;
     for (int64_t i = begin; i < end; ++i) {
       const char* row = reinterpret_cast<const char*>(weight + features[i] * task.weight.row_stride);
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) prefetch(row + byte);
+      if (row_bytes <= kFirstLevelRow) {
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) prefetch(row + byte);
+      } else {
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) prefetch_second_level(row + byte);
+      }
     }
   };
   fetch(0);

@@ -30,6 +30,14 @@ class ScratchBuffer {
     return static_cast<T*>(data_);
   }
 
+  // Gives memory of more than `limit` bytes back.
+  void release_above(std::size_t limit) {
+    if (bytes_ <= limit) return;
+    std::free(data_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+
  private:
   void* data_ = nullptr;
   std::size_t bytes_ = 0;

@@ -448,6 +448,7 @@ inline void store_partial(Element element, typename Element::Storage* p, int64_t
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class Body>
 inline void with_element(DType dtype, const Body& body) {

@@ -7,6 +7,7 @@ with any strides; all tensors of a call but thresholds, edit values and offsets 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -216,6 +217,102 @@ def sparse_weight_gradient(
         torch.get_num_threads(),
     )
     return out, out_sum
+
+
+def sparse_training_step(
+    x: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    scale: float,
+    penalty: float,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums float64 ``(2,)``, counts int64 ``(n,)``, residual ``(R, d)``, gradients of W_enc, b_enc, W_dec, b_dec.
+
+    ``out`` gives contiguous tensors for the last five: fresh memory of their size costs as much as the step.
+    """
+    offsets, indices = offsets.contiguous(), indices.contiguous()
+    x, W_enc, W_dec = _unit_columns(x), _unit_columns(W_enc), _unit_columns(W_dec)
+    n, d = W_dec.shape
+    sums, counts = torch.empty(2, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+    if out is None:
+        shapes = (x.shape, (n, d), (n,), (n, d), (d,))
+        residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = (torch.empty(s, dtype=x.dtype) for s in shapes)
+    else:
+        residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = out
+    _C.sparse_training_step(
+        _DTYPE[x.dtype],
+        _matrix(x),
+        offsets.data_ptr(),
+        indices.data_ptr(),
+        _INDEX_TYPE[indices.dtype],
+        _vector(values),
+        _matrix(W_enc),
+        _matrix(W_dec),
+        _vector(b_dec),
+        scale,
+        penalty,
+        _matrix(residual),
+        sums.data_ptr(),
+        counts.data_ptr(),
+        _matrix(grad_W_enc),
+        grad_b_enc.data_ptr(),
+        _matrix(grad_W_dec),
+        grad_b_dec.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sums, counts, residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec
+
+
+def largest_entries(offsets: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Row offsets int64 ``(R + 1,)`` and ascending positions int64 ``(min(count, entries),)`` of the largest values."""
+    offsets = offsets.contiguous()
+    kept_offsets = torch.empty(offsets.shape[0], dtype=torch.int64)
+    kept = torch.empty(min(count, values.shape[0]), dtype=torch.int64)
+    _C.largest_entries(
+        offsets.data_ptr(),
+        offsets.shape[0] - 1,
+        _DTYPE[values.dtype],
+        _vector(values),
+        kept.shape[0],
+        kept_offsets.data_ptr(),
+        kept.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return kept_offsets, kept
+
+
+def adam_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """Updates the parameter and both moments in place; all float32, contiguous, ``(n, d)`` or ``(n,)``."""
+    rows, cols = parameter.shape if parameter.dim() == 2 else (1, parameter.numel())
+    _C.adam_step(
+        parameter.data_ptr(),
+        gradient.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        rows,
+        cols,
+        step,
+        lr,
+        *betas,
+        eps,
+        unit_rows,
+        torch.get_num_threads(),
+    )
 
 
 def reconstruct(

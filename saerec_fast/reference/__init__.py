@@ -12,16 +12,20 @@ from saerec_fast.reference.ops import (
     steer,
     steered_positions,
 )
+from saerec_fast.reference.training import adam_step, largest_entries, sparse_training_step
 
 __all__ = [
     "activate",
+    "adam_step",
     "decode_sparse",
     "encode_features",
     "encode_threshold",
     "encode_topk",
+    "largest_entries",
     "linear_topk",
     "pre_activations",
     "reconstruct",
+    "sparse_training_step",
     "steer",
     "steered_positions",
 ]

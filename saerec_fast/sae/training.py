@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from saerec_fast.api import decode_sparse, encode_topk
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
 from saerec_fast.sae.activation_store import ActivationStore, Batch
-from saerec_fast.sae.model import SparseAutoencoder, batch_topk_cut, surplus_ties
+from saerec_fast.sae.adam import Adam
+from saerec_fast.sae.model import SparseAutoencoder
+from saerec_fast.sae.step import training_step
 from saerec_fast.types import Activation, BatchTopK, ReLU, TopK
 
 ActivationKind = Literal["relu", "topk", "batch_topk"]
@@ -30,8 +31,6 @@ _CHECKPOINT_CONFIG = "checkpoint.json"
 _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _DECAY_SHARE = 0.2
 _THRESHOLD_MEMORY = 0.95
-# Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
-_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -120,19 +119,6 @@ class SAETrainingConfig:
         if unknown:
             raise ValueError(f"config: unknown keys {sorted(unknown)}")
         return cls(**data)
-
-
-class _StepResult(NamedTuple):
-    """What one step saw, still on the device.
-
-    ``residual`` is ``ẑ − z`` ``(B, d)``; ``fired`` bool ``(n,)``; ``l0`` is the mean number of active features, or
-    ``None`` where it was not asked for; ``penalty`` is the part of the loss beside the squared error.
-    """
-
-    residual: Tensor
-    fired: Tensor
-    penalty: Tensor | float
-    l0: Tensor | float | None
 
 
 def train_sae(
@@ -309,16 +295,11 @@ class _Trainer:
         self.sae.init_from(store, normalize=config.normalize)
         self.sae.to(device).train()
         self.mean, self.std = float(self.sae.mean), float(self.sae.std)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = Adam(self.sae, lr=config.learning_rate)
         self.rows_since_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)
         self.threshold = math.nan
         auxiliary_k = max(store.d_model // 2, 1) if config.auxiliary_k is None else config.auxiliary_k
         self.auxiliary_k = 0 if config.activation == "relu" else auxiliary_k
-        if config.activation == "topk":
-            self.backward: Callable[[Tensor, bool], _StepResult] = self._backward_topk
-        else:
-            self.backward = self._backward_dense
-            self._allocate_dense()
 
     def rows(self) -> Iterator[Tensor]:
         """The remaining steps' rows ``(B, d)``, each epoch in an order of its own."""
@@ -332,132 +313,43 @@ class _Trainer:
 
     def train_step(self, hidden: Tensor, logging: bool) -> dict[str, float] | None:
         """One optimiser step; returns a point of the curve if ``logging``. Overwrites ``hidden``."""
-        sae, config = self.sae, self.config
+        config = self.config
         z = hidden.to(self.device)
         if config.normalize:
             z.sub_(self.mean).mul_(1 / self.std)
-        result = self.backward(z, logging)
+        l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
+        result = training_step(self.sae, z, l1_coefficient=l1)
+        if config.activation == "batch_topk" and result.features is not None:
+            self._follow_threshold(result.features.values)
         dead = (self.rows_since_fired > config.dead_after).nonzero().squeeze(1)
         auxiliary = 0.0 if dead.numel() == 0 or self.auxiliary_k == 0 else self._add_auxiliary(z, result.residual, dead)
         self.rows_since_fired += z.shape[0]
-        self.rows_since_fired.masked_fill_(result.fired, 0)
+        self.rows_since_fired.masked_fill_(result.counts > 0, 0)
 
-        sae.remove_parallel_gradient_()
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.optimizer.step()
-        sae.normalize_decoder_()
         self.step += 1
         if not logging:
             return None
-        squared = float(result.residual.square().sum())
-        loss = squared / z.shape[0] + float(result.penalty) + float(auxiliary)
+        reconstruction = float(result.reconstruction_loss)
+        loss = reconstruction + l1 * float(result.l1) + float(auxiliary)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.step}: the loss is {loss}; a smaller learning rate may help")
         variance = float((z - z.mean(0)).square_().sum())
         return {
             "step": self.step,
             "loss": loss,
-            "reconstruction_loss": squared / z.shape[0],
-            "l0": float(result.l0 or 0),
-            "explained_variance": 1 - squared / variance if variance > 0 else 0.0,
+            "reconstruction_loss": reconstruction,
+            "l0": float(result.counts.sum()) / z.shape[0],
+            "explained_variance": 1 - reconstruction * z.shape[0] / variance if variance > 0 else 0.0,
             "dead_fraction": float((self.rows_since_fired > config.dead_after).float().mean()),
         }
 
-    def _backward_topk(self, z: Tensor, logging: bool) -> _StepResult:
-        sae = self.sae
-        self.optimizer.zero_grad(set_to_none=True)
-        features = encode_topk(z, sae.W_enc, sae.b_enc, sae.b_dec, k=self.config.k)
-        residual = decode_sparse(features, sae.W_dec, sae.b_dec) - z
-        (residual.square().sum() / z.shape[0]).backward()
-        active = features.values.detach() > 0
-        fired = torch.zeros_like(self.rows_since_fired, dtype=torch.bool)
-        fired[features.indices[active].long()] = True
-        l0 = active.sum() / z.shape[0] if logging else None
-        return _StepResult(residual.detach(), fired, 0.0, l0)
-
-    def _allocate_dense(self) -> None:
-        n, d = self.config.n_features, self.store.d_model
-        self.chunk = min(max(_CHUNK_ELEMENTS // n, 32), self.batch_size)
-        held = self.batch_size if self.config.activation == "batch_topk" else self.chunk
-
-        def buffer(*shape: int) -> Tensor:
-            return torch.empty(shape, device=self.device)
-
-        self.activations, self.gradients = buffer(held, n), buffer(self.chunk, n)
-        self.centred, self.residual, self.scaled = (buffer(self.batch_size, d) for _ in range(3))
-        self.feature_sums = buffer(n)
-        self.ones = torch.ones(self.batch_size, device=self.device)
-        for parameter in self.sae.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def _backward_dense(self, z: Tensor, logging: bool) -> _StepResult:
-        """Loss and gradients of ``relu`` and ``batch_topk`` in dense products over chunks of rows.
-
-        Early in training most features are active, so nothing is gained from sparsity; written out because autograd
-        makes about twice as many passes over the batch × dictionary activations, in fresh memory each.
-        """
-        sae, config, size = self.sae, self.config, z.shape[0]
-        W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in _PARAMETERS)
-        grads = [getattr(sae, name).grad for name in _PARAMETERS]
-        for gradient in grads:
-            gradient.zero_()
-        W_enc_grad, b_enc_grad, W_dec_grad, b_dec_grad = grads
-        self.feature_sums.zero_()
-        torch.sub(z, b_dec, out=self.centred)
-        chunks = [slice(first, min(first + self.chunk, size)) for first in range(0, size, self.chunk)]
-        whole_batch = config.activation == "batch_topk"
-        if whole_batch:
-            for rows in chunks:
-                torch.addmm(b_enc, self.centred[rows], W_enc.T, out=self.activations[rows])
-            self._activate_batch_topk()
-        l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
-        l1_gradient = torch.full((1,), l1 / size, device=self.device)
-        n_active = torch.zeros((), dtype=torch.int64, device=self.device)
-        for rows in chunks:
-            length = rows.stop - rows.start
-            centred, residual, scaled = self.centred[rows], self.residual[rows], self.scaled[rows]
-            ones, gradients = self.ones[rows], self.gradients[:length]
-            if whole_batch:
-                activations = self.activations[rows]
-            else:
-                activations = self.activations[:length]
-                torch.addmm(b_enc, centred, W_enc.T, out=activations).relu_()
-            torch.addmm(centred, activations, W_dec, beta=-1, out=residual)
-            torch.mul(residual, 2 / size, out=scaled)
-            W_dec_grad.addmm_(activations.T, scaled)
-            b_dec_grad.addmv_(scaled.T, ones)
-            torch.addmm(l1_gradient, scaled, W_dec.T, out=gradients)
-            torch.ops.aten.threshold_backward.grad_input(gradients, activations, 0, grad_input=gradients)
-            W_enc_grad.addmm_(gradients.T, centred)
-            b_enc_grad.addmv_(gradients.T, ones)
-            self.feature_sums.addmv_(activations.T, ones)
-            if logging:
-                n_active += activations.count_nonzero()
-        # b_dec is also subtracted before encoding: Σ_rows (∂/∂pre) W_enc, and the sum over rows is b_enc's gradient.
-        b_dec_grad.addmv_(W_enc.T, b_enc_grad, alpha=-1)
-        penalty = self.feature_sums.sum() * (l1 / size)
-        return _StepResult(self.residual, self.feature_sums > 0, penalty, n_active / size if logging else None)
-
-    def _activate_batch_topk(self) -> None:
-        """Turn pre-activations into activations, in place: the positive ones of the ``k · B`` largest stay.
-
-        Updates the running threshold.
-        """
-        activations = self.activations
-        smallest, surplus = batch_topk_cut(activations, self.config.k)
-        if smallest > 0:
-            if surplus:
-                activations.view(-1)[surplus_ties(activations, smallest, surplus)] = 0
-            # "Greater than the number just below" is "at least", which torch has as one pass in place.
-            below = float(np.nextafter(np.float32(smallest), np.float32(0)))
-            torch.threshold_(activations, below, 0.0)
-        else:
-            positive = activations.relu_()[activations > 0]
-            if positive.numel() == 0:
-                return
-            smallest = float(positive.min())
+    def _follow_threshold(self, selected: Tensor) -> None:
+        if selected.numel() == 0:
+            return
+        smallest = float(selected.min())
         if math.isnan(self.threshold):
             self.threshold = smallest
         else:

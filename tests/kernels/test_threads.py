@@ -101,6 +101,9 @@ KERNELS = [
     "decode_sparse",
     "sparse_dot",
     "sparse_weight_gradient",
+    "sparse_training_step",
+    "largest_entries",
+    "adam_step",
     "steer",
 ]
 
@@ -146,6 +149,7 @@ def test_the_gil_is_released(kernel: str, monkeypatch: pytest.MonkeyPatch) -> No
     offsets = torch.arange(CASE.rows + 1) * 200
     indices = torch.randint(0, CASE.n, (CASE.rows * 200,))
     entries = torch.randn(CASE.rows * 200)
+    moments = [torch.rand(CASE.n, CASE.d) for _ in range(4)]
     calls: dict[str, Callable[[], Any]] = {
         "pack": lambda: cpu.pack(*inputs[1:3]),
         "encode_features": lambda: cpu.encode_features(*inputs[:4], torch.zeros(1), indices[:500].unique()),
@@ -155,6 +159,11 @@ def test_the_gil_is_released(kernel: str, monkeypatch: pytest.MonkeyPatch) -> No
         "decode_sparse": lambda: cpu.decode_sparse(offsets, indices, entries, inputs.W_dec, None),
         "sparse_dot": lambda: cpu.sparse_dot(offsets, indices, inputs.x, inputs.W_dec),
         "sparse_weight_gradient": lambda: cpu.sparse_weight_gradient(offsets, indices, entries, inputs.x, None, CASE.n),
+        "sparse_training_step": lambda: cpu.sparse_training_step(
+            inputs.x, offsets, indices, entries, inputs.W_enc, inputs.W_dec, None, 1.0, 0.0
+        ),
+        "largest_entries": lambda: cpu.largest_entries(offsets, entries, 30_000),
+        "adam_step": lambda: cpu.adam_step(*moments, 1, 1e-3, (0.9, 0.999), 1e-8, False),
         "steer": lambda: cpu.steer(*inputs, None, 16, True, [], [], torch.zeros(0), None),
     }
     monkeypatch.setattr(cpu, "_C", Spy())

@@ -123,6 +123,52 @@ def test_batch_topk_breaks_ties_by_position():
     assert sae.encode(torch.empty(0, 1)).offsets.tolist() == [0]
 
 
+def batch_topk_by_sorting(sae, x, k):
+    """The selection in one stable sort of all pre-activations: flat positions, ascending."""
+    pre = reference.pre_activations(x, sae.W_enc, sae.b_enc, sae.b_dec)
+    flat = pre.detach().flatten()
+    chosen = flat.sort(descending=True, stable=True).indices[: k * x.shape[0]]
+    return chosen[~(flat[chosen] <= 0)].sort().values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 64, 65, 700])
+@pytest.mark.parametrize("k", [1, 5, 30, 41])
+def test_batch_topk_is_the_exact_selection(rows, k, dtype):
+    # Small integers: exact in every type, and full of ties.
+    generator = torch.Generator().manual_seed(rows * k)
+    sae = make(BatchTopK(k)).to(dtype)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=generator))
+    x = torch.randint(-2, 3, (rows, D_MODEL), generator=generator).to(dtype)
+    features = sae.encode(x)
+    got = features.row_ids() * N_FEATURES + features.indices
+    assert torch.equal(got, batch_topk_by_sorting(sae, x, k))
+
+
+def test_batch_topk_where_few_rows_have_all_large_activations():
+    """The sampled rows mislead in both directions; only time may suffer."""
+    sae = make(BatchTopK(5))
+    for loud in (slice(0, 700, 10), slice(5, 700, 10), slice(3, 4)):
+        x = hidden_states(700)
+        x[loud] *= 100
+        features = sae.encode(x)
+        got = features.row_ids() * N_FEATURES + features.indices
+        assert torch.equal(got, batch_topk_by_sorting(sae, x, 5))
+
+
+def test_batch_topk_counts_nan_as_largest():
+    sae = make(BatchTopK(5))
+    x = hidden_states(100)
+    x[[13, 14]] = float("nan")
+    features = sae.encode(x)
+    assert features.values.isnan().sum() == 2 * N_FEATURES
+    assert len(features.values) == 500
+    x[:] = float("nan")
+    assert torch.equal(sae.encode(x).row_ids(), (torch.arange(500) // N_FEATURES))
+
+
 def test_folded_weights_without_normalization_are_the_parameters():
     sae = make(ReLU()).eval()
     weights = sae.folded_weights()

@@ -1,0 +1,130 @@
+"""One training step of a sparse autoencoder without autograd: loss and gradients in one pass after the encoder."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saerec_fast.api import encode_threshold, encode_topk
+from saerec_fast.sae.model import FoldedWeights, SparseAutoencoder, encode_batch_topk
+from saerec_fast.training_ops import sparse_training_step
+from saerec_fast.types import BatchTopK, ReLU, SparseFeatures, TopK, inference_threshold
+
+# A ReLU step is dense where more than this share of the features is active in some of the rows (docs/design.md has the
+# measurement).
+_DENSE_ABOVE = 0.15
+_DENSITY_ROWS = 16
+# Activations a dense step holds at a time (1 MiB), so that its passes over them stay in the second-level cache.
+_CHUNK_ELEMENTS = 1 << 18
+
+
+class StepResult(NamedTuple):
+    """The parts of a step's loss, and what it saw.
+
+    Attributes:
+        reconstruction_loss: ``mean ‖r‖²``, float64 scalar.
+        l1: ``mean ‖a‖₁``, float64 scalar, without its coefficient.
+        counts: in how many rows each feature is active, int64 ``(n,)``.
+        residual: ``r = ẑ − z (B, d)``.
+        features: the activations; ``None`` where the step was dense.
+    """
+
+    reconstruction_loss: Tensor
+    l1: Tensor
+    counts: Tensor
+    residual: Tensor
+    features: SparseFeatures | None
+
+
+@torch.no_grad()
+def training_step(sae: SparseAutoencoder, z: Tensor, *, l1_coefficient: float = 0.0) -> StepResult:
+    """Loss ``mean ‖ẑ − z‖² + l1_coefficient · mean ‖a‖₁`` of a batch; its gradients go to ``parameter.grad``.
+
+    The gradients are those that autograd gives, to rounding, and replace what ``grad`` holds. Nothing of batch ×
+    dictionary or batch × k × width is held. A sparse step is the same bits for any number of threads; a ReLU of whose
+    features many are active, as early in training, goes through dense products over chunks of rows instead.
+
+    Args:
+        sae: any activation; a ``BatchTopK`` selects over the batch. Its normalisation is not applied.
+        z: ``(B, d_model)`` in normalised units, ``(x − mean) / std``, in the dtype of the parameters. Every row counts
+            in the means; an empty batch has loss 0.
+        l1_coefficient: weight of the L1 penalty.
+
+    Raises:
+        ValueError, TypeError: ``z`` of another shape, dtype or device than the parameters need.
+    """
+    if z.dim() != 2:
+        raise ValueError(f"z: expected shape (B, {sae.d_model}), got {tuple(z.shape)}")
+    parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters)
+    for parameter in parameters:
+        if parameter.grad is None or not parameter.grad.is_contiguous():
+            parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    weights = FoldedWeights(W_enc, b_enc, b_dec, W_dec)
+    activation, size = sae.activation, max(z.shape[0], 1)
+    if isinstance(activation, TopK):
+        features = encode_topk(z, W_enc, b_enc, b_dec, k=activation.k)
+    elif isinstance(activation, BatchTopK):
+        features = encode_batch_topk(z, weights, activation.k)
+    elif isinstance(activation, ReLU) and _is_dense(z, weights):
+        return _dense_step(z, weights, gradients, l1_coefficient)
+    else:
+        threshold = inference_threshold(activation)
+        assert threshold is not None  # only TopK has none
+        features = encode_threshold(z, W_enc, b_enc, b_dec, threshold)
+    residual = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    sums, counts = sparse_training_step(
+        z,
+        features.offsets,
+        features.indices,
+        features.values,
+        W_enc,
+        W_dec,
+        b_dec,
+        2.0 / size,
+        l1_coefficient / size,
+        out=[residual, *gradients],
+    )
+    squared, activations = sums / size
+    return StepResult(squared, activations, counts, residual, features)
+
+
+def _is_dense(z: Tensor, weights: FoldedWeights) -> bool:
+    # In 16 bits the sums over chunks would be rounded after each.
+    if z.shape[0] == 0 or z.dtype not in (torch.float32, torch.float64):
+        return False
+    sample = z[:: max(z.shape[0] // _DENSITY_ROWS, 1)]
+    features = encode_threshold(sample, weights.W_enc, weights.b_enc, weights.b_dec, 0.0)
+    return len(features.values) > _DENSE_ABOVE * len(sample) * features.n_features
+
+
+def _dense_step(z: Tensor, weights: FoldedWeights, gradients: list[Tensor], l1_coefficient: float) -> StepResult:
+    """The step of a ReLU in dense products; autograd makes twice as many passes, in fresh memory each."""
+    size, n = z.shape[0], weights.W_enc.shape[0]
+    W_enc, b_enc, b_dec, W_dec = weights
+    W_enc_grad, b_enc_grad, W_dec_grad, b_dec_grad = (gradient.zero_() for gradient in gradients)
+    length = min(max(_CHUNK_ELEMENTS // n, 32), size)
+    activations, dots = z.new_empty(length, n), z.new_empty(length, n)
+    residual, ones, counts = torch.empty_like(z), z.new_ones(length), z.new_zeros(n)
+    penalty, l1 = z.new_full((1,), l1_coefficient / size), z.new_zeros((), dtype=torch.float64)
+    for rows, error in zip(z.split(length), residual.split(length), strict=True):
+        a, dot, one = activations[: len(rows)], dots[: len(rows)], ones[: len(rows)]
+        centred = rows - b_dec
+        torch.addmm(b_enc, centred, W_enc.T, out=a).relu_()
+        torch.addmm(centred, a, W_dec, beta=-1, out=error)
+        scaled = error * (2 / size)
+        W_dec_grad.addmm_(a.T, scaled)
+        b_dec_grad.addmv_(scaled.T, one)
+        torch.addmm(penalty, scaled, W_dec.T, out=dot)
+        torch.ops.aten.threshold_backward.grad_input(dot, a, 0, grad_input=dot)
+        W_enc_grad.addmm_(dot.T, centred)
+        b_enc_grad.addmv_(dot.T, one)
+        l1 += a.sum()
+        counts.addmv_(torch.sign(a, out=dot).T, one)
+    # b_dec is also subtracted before encoding: Σ_rows (∂/∂pre) W_enc, and the sum over rows is b_enc's gradient.
+    b_dec_grad.addmv_(W_enc.T, b_enc_grad, alpha=-1)
+    squared = residual.double().square().sum() / size
+    return StepResult(squared, l1 / size, counts.long(), residual, None)
