@@ -31,6 +31,9 @@ from saerec_fast.types import (
 )
 from saerec_fast.types.packed import source_of
 
+# First byte of PackedHeader.usable, see csrc/include/saerec/packed.h.
+_USABLE = 12
+
 _kernels: Any = None
 if not available_backends()["cpu"]:
     from saerec_fast.kernels import cpu as _kernels
@@ -77,13 +80,17 @@ def pack_weights(weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
     validation.check_bias("bias", bias, weight.shape[0], weight)
     if resolve("cpu", weight) != "cpu" or _kernels is None:
         raise ValueError("backend: weights are packed for the CPU kernels, which cannot run here")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     n, d = weight.shape
     # Not as an inference tensor, even where inference_mode is on: a later call may save it for its backward.
     with torch.inference_mode(False), torch.no_grad():
-        return PackedWeights(_kernels.pack(weight.detach(), bias), (n, d), source_of(weight, bias))
+        data = _kernels.pack(weight.detach(), bias)
+    if int(data[_USABLE]) == 0:
+        # The kernel, which has seen every weight, has found one that is too large or not finite. PyTorch looks only
+        # now: in a forked child its threads would be waited for in vain.
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return PackedWeights(data, (n, d), source_of(weight, bias))
 
 
 def linear_topk(
@@ -190,11 +197,7 @@ def encode_features(
     """Dense activations ``(..., m)`` of the chosen ``features`` (integer ids ``(m,)``) of a threshold SAE."""
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     bound = validation.check_threshold(threshold, W_enc.shape[0], x)
-    if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
-    n = W_enc.shape[0]
-    if features.numel() and (int(features.min()) < 0 or int(features.max()) >= n):
-        raise ValueError(f"features: ids go from 0 to {n - 1}, got {int(features.min())} to {int(features.max())}")
+    validation.check_features(features, W_enc.shape[0])
     if resolve(backend, x) == "reference":
         return reference.encode_features(x, W_enc, b_enc, b_dec, bound, features)
     out = _run("encode_features", _flat(x), W_enc, b_enc, b_dec, bound, features)

@@ -60,6 +60,17 @@ def check_k(k: int, n: int) -> None:
         raise ValueError(f"k: expected 1 <= k <= {n} (the number of features), got {k}")
 
 
+def check_features(features: Tensor, n: int) -> None:
+    """``features`` are integer ids ``(m,)`` of a dictionary of ``n``."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features: expected a tensor of integer ids (m,), got {type(features).__name__}")
+    if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
+    low, high = (int(features.min()), int(features.max())) if features.numel() else (0, 0)
+    if low < 0 or high >= n:
+        raise ValueError(f"features: ids go from 0 to {n - 1}, got {low} to {high}")
+
+
 def check_packed(packed: PackedWeights | None, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The bytes of packed weights, which must have been made from ``weight`` and ``bias`` as they are now."""
     if packed is None:
@@ -68,11 +79,14 @@ def check_packed(packed: PackedWeights | None, weight: Tensor, bias: Tensor | No
         raise TypeError(f"packed: expected PackedWeights from pack_weights, got {type(packed).__name__}")
     if packed.shape != tuple(weight.shape):
         raise ValueError(f"packed: expected weights of shape {tuple(weight.shape)}, got {packed.shape}")
-    if packed.data.device != weight.device:
-        raise ValueError(f"packed: expected device {weight.device} like the weights, got {packed.data.device}")
+    data = packed.data
+    if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] == 0 or not data.is_contiguous():
+        raise ValueError(f"packed: expected data uint8 (bytes,), contiguous, got {data.dtype} {tuple(data.shape)}")
+    if data.device != weight.device:
+        raise ValueError(f"packed: expected device {weight.device} like the weights, got {data.device}")
     if packed.source is not None and not torch.compiler.is_compiling() and packed.source != source_of(weight, bias):
         raise ValueError("packed: the weights or the bias are other ones, or have changed since; pack them again")
-    return packed.data
+    return data
 
 
 def check_threshold(threshold: float | Tensor, n: int, x: Tensor) -> Tensor:

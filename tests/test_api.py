@@ -46,6 +46,7 @@ def steer(plan: Any = PLAN, activation: Any = RELU, x: Any = X, W_dec: Any = W_D
 
 
 META = torch.empty(20, 8, device="meta")
+OTHER, UNBIASED = fast.pack_weights(W_ENC[:19]), fast.pack_weights(W_ENC)
 LAST = fast.SteeringPlan([fast.Edit(0, "add", 1.0)], positions="last")
 
 # Each entry: the call, the type of the error, what its message must say (argument, expected, got).
@@ -99,6 +100,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "features matrix": (lambda: chosen(torch.ones(2, 2).int()), ValueError, ["features:", "(m,)", "(2, 2)"]),
     "features high": (lambda: chosen(torch.tensor([20])), ValueError, ["features:", "0 to 19", "20"]),
     "features low": (lambda: chosen(torch.tensor([3, -1])), ValueError, ["features:", "0 to 19", "-1"]),
+    "features list": (lambda: chosen([1]), TypeError, ["features:", "tensor", "list"]),
+    "packed type": (lambda: topk(packed=W_ENC), TypeError, ["packed:", "PackedWeights", "Tensor"]),
+    "packed shape": (lambda: topk(packed=OTHER), ValueError, ["packed:", "(20, 8)", "(19, 8)"]),
+    "packed tensor": (lambda: encode(packed=UNBIASED), ValueError, ["packed:", "bias", "pack them again"]),
     "sparse type": (lambda: decode(features=X), TypeError, ["features:", "SparseFeatures", "Tensor"]),
     "sparse dtype": (lambda: decode(W_dec=W_DEC.half(), b_dec=None), TypeError, ["features:", "float16", "float32"]),
     "W_dec rows": (lambda: decode(W_dec=torch.ones(21, 8)), ValueError, ["W_dec:", "(20, d)", "(21, 8)"]),
@@ -243,6 +248,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "decode_sparse": decode,
     "steer_delta": steer,
     "steer_topk": lambda: steer(activation=fast.TopK(5)),
+    "encode_features": lambda: chosen(torch.tensor([3, 0, 3])),
     "reconstruct": lambda: fast.reconstruct(X, W_ENC, B_ENC, B_DEC, W_DEC, RELU),
 }
 

@@ -205,6 +205,19 @@ def test_exclude_compiles() -> None:
     torch.testing.assert_close(compiled(x, weight, *exclude), search(x, weight, *exclude))
 
 
+def test_packed_weights_compile() -> None:
+    t = make_inputs(Case(8, 300, 7, 12))
+    packed = fast.pack_weights(t.W_enc, t.b_enc)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: fast.linear_topk(x, t.W_enc, t.b_enc, k=7, packed=packed).values,
+        lambda x: fast.reconstruct(x, *t[1:], fast.TopK(7), packed=packed),
+        lambda x: fast.steer(x, *t[1:], fast.TopK(7), _plan("delta"), packed=packed),
+    ]
+    for call in calls:
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(t.x), call(t.x), rtol=0, atol=0)
+
+
 def test_strengths_in_a_tensor_keep_one_graph() -> None:
     counter = GraphCounter()
     plan = _plan("delta")

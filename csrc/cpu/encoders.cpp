@@ -249,13 +249,14 @@ struct ThresholdSink {
 
   void screened(int64_t row, const float* uppers) {
     const Vec inverse_step = set1(task.encode.screens[row].inverse_step);
-    const Vec slack = set1(-8.0f * kRounding);
+    const Vec slack = set1(-8.0f * kRounding), nothing = set1(-__builtin_inff());
     int64_t count = 0;
     for (int64_t i = 0; i < range.padded; i += kLanes) {
       // In units of a step, lowered by what that rounds.
       const Vec threshold = mul(load(F32{}, task.thresholds + range.first + i), inverse_step);
       const Vec lowered = fmadd(maximum(threshold, sub(zero(), threshold)), slack, threshold);
-      const uint32_t mask = at_least(load(F32{}, uppers + i), lowered);
+      // maximum() takes its second argument in place of a NaN: such a threshold leaves nothing out.
+      const uint32_t mask = at_least(load(F32{}, uppers + i), maximum(lowered, nothing));
       count += append_ids(task.features + count, static_cast<uint32_t>(range.first + i), mask);
     }
     score(row, count);

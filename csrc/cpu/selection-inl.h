@@ -123,6 +123,7 @@ inline void take_maxima(float* maxima, int64_t groups, const float* scores, int6
 // A value that at least k of the group maxima reach, not below `known`, or -infinity where fewer than k groups have
 // anything. Maxima are finite or -infinity.
 inline float group_bound(const float* maxima, int64_t groups, int64_t k, float known, float& guess) {
+  if (groups < k) return -__builtin_inff();
   Vec highest = set1(-__builtin_inff());
   Vec lowest = set1(__builtin_inff());
   for (int64_t i = 0; i < groups; i += kLanes) {

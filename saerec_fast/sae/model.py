@@ -39,6 +39,7 @@ from saerec_fast.types import (
     TopK,
     inference_threshold,
 )
+from saerec_fast.validation import check_features
 
 _FORMAT = "saerec_fast.sae"
 _VERSION = 1
@@ -72,7 +73,7 @@ class _Bound(NamedTuple):
     """A forward pass with its arguments fixed. The tensors are kept: no new one may get the address of an old one."""
 
     key: tuple[Any, ...]
-    tensors: tuple[Tensor | None, ...]
+    tensors: list[Tensor]
     run: Callable[[Tensor], Tensor] | None
 
 
@@ -117,8 +118,8 @@ class SparseAutoencoder(nn.Module):
     mean: Tensor
     std: Tensor
     threshold: Tensor | None
-    _folded: tuple[Any, FoldedWeights] | None
-    _packed: tuple[Any, PackedWeights | None] | None
+    _folded: tuple[Any, FoldedWeights, list[Tensor]] | None
+    _packed: tuple[Any, PackedWeights | None, list[Tensor]] | None
     _bound: _Bound | None
 
     def __init__(
@@ -140,7 +141,7 @@ class SparseAutoencoder(nn.Module):
         self.d_model = d_model
         self.n_features = n_features
         self._forget_derived()
-        self._scalars_seen: tuple[Any, ...] | None = None
+        self._scalars_seen: tuple[Any, list[Tensor]] | None = None
         self.register_buffer("threshold", None)
         self.activation = ReLU() if activation is None else activation
         dtype = dtype or torch.get_default_dtype()
@@ -260,11 +261,7 @@ class SparseAutoencoder(nn.Module):
         threshold = inference_threshold(activation)
         if threshold is not None:
             return encode_features(x, weights.W_enc, weights.b_enc, weights.b_dec, threshold, features)
-        if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
-        low, high = (int(features.min()), int(features.max())) if features.numel() else (0, 0)
-        if low < 0 or high >= self.n_features:
-            raise ValueError(f"features: ids go from 0 to {self.n_features - 1}, got {low} to {high}")
+        check_features(features, self.n_features)
         encoded = self.encode(x)
         # One column per distinct id asked for, and one for all the others.
         distinct, column = features.long().unique(return_inverse=True)
@@ -348,9 +345,9 @@ class SparseAutoencoder(nn.Module):
         if torch.compiler.is_compiling():
             return self._fold() if self._is_normalized else self._plain_weights()
         scalars_key = _version_key(self.mean, self.std)
-        if scalars_key is None or scalars_key != self._scalars_seen:
+        if scalars_key is None or self._scalars_seen is None or self._scalars_seen[0] != scalars_key:
             self._refresh_normalization()
-            self._scalars_seen = scalars_key
+            self._scalars_seen = scalars_key, _aliases(self.mean, self.std)
         if not self._is_normalized:
             return self._plain_weights()
         if self._needs_grad():
@@ -361,7 +358,8 @@ class SparseAutoencoder(nn.Module):
         if self._folded is None or self._folded[0] != key:
             # Not as inference tensors, even where inference_mode is on: a later call may need them in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                self._folded = (key, self._fold())
+                kept = _aliases(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.mean, self.std)
+                self._folded = (key, self._fold(), kept)
         return self._folded[1]
 
     @torch.no_grad()
@@ -475,13 +473,14 @@ class SparseAutoencoder(nn.Module):
             self._refresh_normalization()
 
     def _forget_derived(self) -> None:
-        # What is made from the parameters and kept until they change, each with the key it was made for.
+        # What is made from the parameters and kept until they change, each with the key it was made for, and with the
+        # memory that the key names, so that no other tensor gets its address.
         self._folded = None
         self._packed = None
         self._bound = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None, "_packed": None, "_bound": None}
+        return {**self.__dict__, "_scalars_seen": None, "_folded": None, "_packed": None, "_bound": None}
 
     def _packed_weights(self, weights: FoldedWeights) -> PackedWeights | None:
         """Packed weights of the evaluation mode; in training they change too often to be kept."""
@@ -496,17 +495,19 @@ class SparseAutoencoder(nn.Module):
             except ValueError:
                 # Not finite, or float64: the ops know what to do.
                 packed = None
-            self._packed = key, packed
+            self._packed = key, packed, _aliases(weights.W_enc, weights.b_enc)
         return self._packed[1]
 
     def _bound_reconstruct(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """The whole forward pass with its arguments checked and fixed, or ``None`` where no kernel can run it."""
         # Straight from the dictionaries: module attributes cost more than all the rest of a call.
-        W_enc, b_enc, W_dec, b_dec = cast(list[Tensor], self._parameters.values())
-        threshold, mean, std = cast(list[Tensor], self._buffers.values())
-        if W_enc.dtype != dtype:
-            return None
+        parameters, buffers = cast(dict[str, Tensor], self._parameters), cast(dict[str, Tensor], self._buffers)
         try:
+            W_enc, b_enc = parameters["W_enc"], parameters["b_enc"]
+            W_dec, b_dec = parameters["W_dec"], parameters["b_dec"]
+            threshold, mean, std = buffers["threshold"], buffers["mean"], buffers["std"]
+            if W_enc.dtype != dtype:
+                return None
             key = (
                 self._activation,
                 W_enc.data_ptr(),
@@ -523,8 +524,8 @@ class SparseAutoencoder(nn.Module):
                 std._version,
                 *((threshold.data_ptr(), threshold._version) if threshold is not None else ()),
             )
-        except RuntimeError:
-            # Tensors made under inference_mode do not count their versions.
+        except (RuntimeError, KeyError):
+            # Tensors made under inference_mode do not count their versions; a parametrized weight is computed anew.
             return None
         if self._bound is not None and self._bound.key == key:
             return self._bound.run
@@ -533,7 +534,7 @@ class SparseAutoencoder(nn.Module):
             weights = self.folded_weights()
             activation = self._inference_activation()
             run = bind_reconstruct(weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, activation)
-        self._bound = _Bound(key, (W_enc, b_enc, W_dec, b_dec, threshold, mean, std), run)
+        self._bound = _Bound(key, _aliases(W_enc, b_enc, W_dec, b_dec, threshold, mean, std), run)
         return run
 
     def _refresh_normalization(self) -> None:
@@ -700,6 +701,11 @@ def _version_key(*tensors: Tensor) -> tuple[Any, ...] | None:
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def _aliases(*tensors: Tensor | None) -> list[Tensor]:
+    """The same memory under other names: a parameter whose ``.data`` is replaced lets go of its own."""
+    return [tensor.detach() for tensor in tensors if tensor is not None]
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,12 @@ _GUARD = 64
 _INTEGER_POISON = 0x5A5A5A5A
 
 
+def _poison(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return float("nan")
+    return _INTEGER_POISON & torch.iinfo(dtype).max
+
+
 @pytest.fixture(params=_C.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     previous = _C.active_isa()
@@ -36,7 +42,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def guarded_empty(*shape, dtype: torch.dtype | None = None, **options) -> torch.Tensor:
         size = torch.Size(shape[0] if isinstance(shape[0], (tuple, list)) else shape)
         dtype = dtype or torch.get_default_dtype()
-        poison = float("nan") if dtype.is_floating_point else _INTEGER_POISON
+        poison = _poison(dtype)
         buffer = torch.full((size.numel() + 2 * _GUARD,), poison, dtype=dtype, **options)
         buffers.append((buffer, size.numel()))
         return buffer[_GUARD : _GUARD + size.numel()].view(size)
@@ -45,5 +51,5 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for buffer, numel in buffers:
         guards = torch.cat([buffer[:_GUARD], buffer[_GUARD + numel :]])
-        intact = guards.isnan() if guards.is_floating_point() else guards == _INTEGER_POISON
+        intact = guards.isnan() if guards.is_floating_point() else guards == _poison(guards.dtype)
         assert intact.all(), "a kernel wrote outside its output"

@@ -41,6 +41,7 @@ _COUNTS = torch.arange(140) % 7
 _OFFSETS = torch.cat([torch.zeros(1, dtype=torch.int64), _COUNTS.cumsum(0)])
 _INDICES = torch.cat([(torch.arange(count) * 11 + row) % 70 for row, count in enumerate(_COUNTS.tolist())]).int()
 
+CHOSEN = torch.tensor([69, 0, 7, 7, 33])  # one feature twice
 MASK = torch.arange(140) % 3 != 0
 
 
@@ -53,7 +54,10 @@ def ops(module) -> dict[str, Callable[[Inputs, torch.Tensor], torch.Tensor]]:
         "encode_topk_all": lambda t, _: module.encode_topk(*t[:4], k=70).dense(),
         "encode_threshold": lambda t, _: module.encode_threshold(*t[:4], 0.4).dense(),
         "decode_sparse": lambda t, values: _decode(module, t, values),
+        "encode_features": lambda t, _: module.encode_features(*t[:4], 0.4, CHOSEN),
         "reconstruct": lambda t, _: module.reconstruct(*t, fast.TopK(K)),
+        "reconstruct_relu": lambda t, _: module.reconstruct(*t, fast.ReLU()),
+        "reconstruct_jumprelu": lambda t, _: module.reconstruct(*t, fast.JumpReLU(0.4)),
         "autoencoder": lambda t, _: module.decode_sparse(module.encode_topk(*t[:4], k=K), t.W_dec, t.b_dec),
     }
     for mode in ("delta", "reconstruct"):
@@ -129,6 +133,41 @@ def test_threads_do_not_change_bits(name: str) -> None:
             assert_same_bits(together[leaf], grad)
 
 
+SCREENED: dict[str, Callable[..., torch.Tensor]] = {
+    "linear_topk": lambda module, t, **o: _dense(module.linear_topk(*t[:3], k=K, **o), 300),
+    "encode_topk": lambda module, t, **o: module.encode_topk(*t[:4], k=K, **o).dense(),
+    "encode_threshold": lambda module, t, **o: module.encode_threshold(*t[:4], 0.4, **o).dense(),
+    "reconstruct_topk": lambda module, t, **o: module.reconstruct(*t, fast.TopK(K), **o),
+    "reconstruct_jumprelu": lambda module, t, **o: module.reconstruct(*t, fast.JumpReLU(0.4), **o),
+    "steer_topk": lambda module, t, **o: module.steer(*t, fast.TopK(K), _plan("delta", "set", "scale"), **o),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCREENED)
+def test_gradients_where_scores_are_screened(name: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case(17, 300, K, 200, dtype), seed=1)
+    no_shift = inputs._replace(b_dec=torch.zeros_like(inputs.b_dec))
+    decided = decided_rows(no_shift, fast.TopK(K)) & decided_rows(inputs, fast.TopK(K))
+    decided &= decided_rows(inputs, fast.JumpReLU(0.4))
+    assert decided.sum() >= 40
+    inputs, extra = inputs._replace(x=inputs.x[decided][:40]), torch.zeros(1)
+
+    def packed(t: Inputs, _: torch.Tensor) -> torch.Tensor:
+        return SCREENED[name](fast, t, packed=fast.pack_weights(t.W_enc, t.b_enc))
+
+    actual = gradients(packed, inputs, extra)
+    on_the_fly = gradients(lambda t, _: SCREENED[name](fast, t), inputs, extra)
+    plain = gradients(lambda t, _: SCREENED[name](reference, t), inputs, extra)
+    truth = gradients(lambda t, _: SCREENED[name](reference, t), inputs.to(torch.float64), extra)
+    for leaf, expected in truth.items():
+        if expected is None:
+            assert actual[leaf] is None, leaf
+            continue
+        assert_no_worse(actual[leaf], plain[leaf], expected, factor=3)
+        assert_same_bits(on_the_fly[leaf], actual[leaf])
+
+
 def test_large_batches_sum_in_row_order_on_every_number_of_threads() -> None:
     inputs = make_inputs(Case(64, 300, 32, 1500))
     results = []
@@ -168,7 +207,10 @@ def test_memory_layouts(layout: str) -> None:
                 torch.testing.assert_close(grad, expected[leaf], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear_topk", "encode_topk", "encode_threshold", "steer_reconstruct_relu"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_topk", "encode_topk", "encode_threshold", "encode_features", "reconstruct", "steer_reconstruct_relu"],
+)
 @pytest.mark.parametrize("shape", [(), (3, 5), (2, 0, 3)])
 def test_leading_shapes_and_expanded_gradients(shape: tuple[int, ...], name: str) -> None:
     inputs = make_inputs(Case(6, 70, K, torch.Size(shape).numel()))
@@ -190,7 +232,16 @@ def test_leading_shapes_and_expanded_gradients(shape: tuple[int, ...], name: str
 
 @pytest.mark.parametrize("leaf", range(5))
 @pytest.mark.parametrize(
-    "name", ["linear_topk", "encode_topk", "encode_threshold", "autoencoder", "steer_reconstruct_topk"]
+    "name",
+    [
+        "linear_topk",
+        "encode_topk",
+        "encode_threshold",
+        "encode_features",
+        "autoencoder",
+        "reconstruct",
+        "steer_reconstruct_topk",
+    ],
 )
 def test_each_input_alone(name: str, leaf: int) -> None:
     inputs, extra = decided_inputs(torch.float32), extra_tensor(name, torch.float32)

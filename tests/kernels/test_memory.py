@@ -44,6 +44,12 @@ def steer_topk(*t):
 def steer_relu(*t):
     return fast.steer(*t, fast.ReLU(), fast.SteeringPlan(edits), backend="cpu")
 
+def reconstruct_topk(*t):
+    return fast.reconstruct(*t, fast.TopK(k), backend="cpu")
+
+def reconstruct_relu(x, W_enc, b_enc, b_dec, W_dec):
+    return fast.reconstruct(x, W_enc, b_enc - 3.5, b_dec, W_dec, fast.ReLU(), backend="cpu")
+
 def eager(x, W_enc, b_enc, b_dec, W_dec):
     values, indices = torch.addmm(b_enc, x - b_dec, W_enc.T).topk(k)
     return torch.zeros(rows, n).scatter(1, indices, values.relu()) @ W_dec + b_dec
@@ -69,7 +75,8 @@ def step(activation):
     training_step.__name__ = repr(activation)
     return training_step
 
-ops = [linear_topk, encode_decode, steer_topk, steer_relu, step(fast.TopK(k)), step(fast.BatchTopK(k))]
+ops = [linear_topk, encode_decode, steer_topk, steer_relu, reconstruct_topk, reconstruct_relu]
+ops += [step(fast.TopK(k)), step(fast.BatchTopK(k))]
 for op in ops:  # what PyTorch loads on first use is not the kernels'
     run(op, tensors(16, 100))
 inputs = tensors(rows, n)
@@ -81,9 +88,37 @@ print(json.dumps(growth))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_no_batch_by_dictionary_matrix() -> None:
-    script = _SCRIPT.replace("ROWS", str(ROWS)).replace("FEATURES", str(FEATURES))
+_CATALOGUE_SCRIPT = """
+import json, re
+import torch
+import saerec_fast as fast
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+rows, n, d, k = 512, 200_000, 64, 100
+x, weight = torch.randn(rows, d), torch.randn(n, d)
+exclude = [range(i, i + 50) for i in range(rows)]
+growth = {}
+fast.linear_topk(x[:, :8], weight[:1000, :8], k=k, backend="cpu")
+baseline = peak()
+packed = fast.pack_weights(weight)
+growth["packing"] = peak() - baseline
+baseline = peak()
+fast.linear_topk(x, weight, k=k, packed=packed, exclude=exclude, backend="cpu")
+growth["packed"] = peak() - baseline
+fast.linear_topk(x, weight, k=k, backend="cpu")
+growth["packed on the fly"] = peak() - baseline
+torch.mm(x, weight.T)
+growth["dense"] = peak() - baseline
+print(json.dumps(growth))
+"""
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+
+
+def growth_of(script: str) -> dict[str, float]:
+    """What a fresh process that runs the script reports, MiB by name."""
     result = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "OMP_NUM_THREADS": "2"},
@@ -93,7 +128,22 @@ def test_no_batch_by_dictionary_matrix() -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    growth = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+@needs_proc
+def test_no_batch_by_dictionary_matrix() -> None:
+    growth = growth_of(_SCRIPT.replace("ROWS", str(ROWS)).replace("FEATURES", str(FEATURES)))
     # If the measurement did not work, the eager version would not show either.
     assert growth.pop("eager") > DENSE_MIB
     assert all(mib < 100 for mib in growth.values()), growth
+
+
+@needs_proc
+def test_no_batch_by_catalogue_matrix() -> None:
+    growth = growth_of(_CATALOGUE_SCRIPT)
+    dense, codes = 512 * 200_000 * 4 / 2**20, 200_000 * 64 / 2**20
+    assert growth.pop("dense") > dense
+    assert growth["packing"] < codes + 20
+    assert growth["packed"] < 30
+    assert growth["packed on the fly"] < codes + 50

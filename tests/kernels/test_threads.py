@@ -93,8 +93,11 @@ def test_concurrent_gradients() -> None:
 
 
 KERNELS = [
+    "pack",
     "linear_topk",
     "encode_threshold",
+    "encode_features",
+    "reconstruct",
     "decode_sparse",
     "sparse_dot",
     "sparse_weight_gradient",
@@ -148,6 +151,9 @@ def test_the_gil_is_released(kernel: str, monkeypatch: pytest.MonkeyPatch) -> No
     entries = torch.randn(CASE.rows * 200)
     moments = [torch.rand(CASE.n, CASE.d) for _ in range(4)]
     calls: dict[str, Callable[[], Any]] = {
+        "pack": lambda: cpu.pack(*inputs[1:3]),
+        "encode_features": lambda: cpu.encode_features(*inputs[:4], torch.zeros(1), indices[:500].unique()),
+        "reconstruct": lambda: cpu.reconstruct(*inputs, None, 16),
         "linear_topk": lambda: cpu.linear_topk(*inputs[:3], 16, None, None),
         "encode_threshold": lambda: cpu.encode_threshold(*inputs[:4], torch.zeros(1)),
         "decode_sparse": lambda: cpu.decode_sparse(offsets, indices, entries, inputs.W_dec, None),

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
+import pickle
+import signal
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -406,3 +413,337 @@ def test_compiles_to_one_graph(activation, scalars):
         torch.testing.assert_close(compiled(x), sae(x), rtol=1e-5, atol=1e-5)
         steer = torch.compile(lambda x: sae.steer(x, plan), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(steer(x), sae.steer(x, plan), rtol=1e-5, atol=1e-5)
+
+
+LARGE = 300  # features enough for scores to be screened
+
+
+def make_large(activation, mean=0.0, std=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sae = SparseAutoencoder(D_MODEL, LARGE, activation, mean=mean, std=std, generator=generator)
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.randn(LARGE, generator=generator) * 0.1)
+        sae.b_dec.copy_(torch.randn(D_MODEL, generator=generator))
+    return sae.to(dtype).eval()
+
+
+def replace(sae, name):
+    setattr(sae, name, torch.nn.Parameter(getattr(sae, name).detach() * 0.5 + 0.25))
+
+
+def assign_data(sae, name):
+    tensor = getattr(sae, name)
+    tensor.data = tensor.data * 0.5 + 0.25
+
+
+def in_place(name):
+    return lambda sae: getattr(sae, name).mul_(0.5).add_(0.25)
+
+
+# Everything that can change what a module computes.
+CHANGES = {
+    **{f"{name} in place": in_place(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "mean", "std")},
+    **{f"{name} replaced": lambda sae, name=name: replace(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+    **{
+        f"{name} by .data": lambda sae, name=name: assign_data(sae, name)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "mean", "std")
+    },
+    "buffer replaced": lambda sae: setattr(sae, "mean", sae.mean + 0.5),
+    "load_state_dict": lambda sae: sae.load_state_dict(
+        {key: value * 0.5 + 0.25 for key, value in sae.state_dict().items()}
+    ),
+    "load_state_dict assign": lambda sae: sae.load_state_dict(
+        {key: value * 0.5 + 0.25 for key, value in sae.state_dict().items()}, assign=True
+    ),
+    "set_normalization": lambda sae: sae.set_normalization(-0.4, 1.7),
+    "no normalization": lambda sae: sae.set_normalization(0.0, 1.0),
+    "topk": lambda sae: setattr(sae, "activation", TopK(3)),
+    "relu": lambda sae: setattr(sae, "activation", ReLU()),
+    "jump_relu": lambda sae: setattr(sae, "activation", JumpReLU(0.2)),
+    "jump_relu per feature": lambda sae: setattr(sae, "activation", JumpReLU(torch.linspace(0, 1, LARGE))),
+    "batch_topk": lambda sae: setattr(sae, "activation", BatchTopK(4, 0.1)),
+    "optimizer step": lambda sae: step(sae),
+    "normalize_decoder_": lambda sae: [sae.W_dec.mul_(3), sae.normalize_decoder_()],
+}
+
+
+def step(sae):
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam(sae.parameters(), lr=0.1)
+        sae(hidden_states(30)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def check_dense(sae, x):
+    """Every way into the module gives what the definition does, with the weights of now."""
+    with torch.no_grad():
+        activations, expected = dense(sae, x, sae.activation)
+        for value in (sae(x), sae.decode(sae.encode(x))):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sae.encode(x).dense(), activations, rtol=1e-4, atol=1e-4)
+        plan = SteeringPlan([Edit(7, "add", 0.5)], "reconstruct")
+        steered = expected + 0.5 * sae.std * sae.W_dec[7]
+        torch.testing.assert_close(sae.steer(x, plan), steered, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("start", ["relu", "topk", "jump_relu"])
+def test_every_change_is_noticed(change, start, scalars):
+    sae = make_large(
+        {"relu": ReLU(), "topk": TopK(5), "jump_relu": JumpReLU(torch.full((LARGE,), 0.1))}[start], *scalars
+    )
+    if start == "jump_relu":
+        CHANGES_TO_THRESHOLD[len(change) % 2](sae)
+    for x in (hidden_states(5), hidden_states(20)):  # too few to be packed for, and enough
+        check_dense(sae, x)
+        with torch.no_grad():
+            CHANGES[change](sae)
+        check_dense(sae, x)
+
+
+CHANGES_TO_THRESHOLD = (
+    lambda sae: check_dense(sae, hidden_states(3)) or sae.threshold.mul_(2),
+    lambda sae: check_dense(sae, hidden_states(3)) or setattr(sae, "threshold", sae.threshold + 0.3),
+)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "mean"])
+@pytest.mark.parametrize("how", ["replaced", "data"])
+def test_memory_of_a_tensor_that_is_gone_is_not_taken_for_it(how, name, scalars):
+    # Allocators give the address of a tensor that is gone to the next one of its size, whose version is the same. In
+    # large blocks, which come straight from the system, and in small ones.
+    sae, x = SparseAutoencoder(64, 2048, TopK(5), mean=scalars[0], std=scalars[1]).eval(), torch.randn(20, 64)
+
+    def set_randomly():
+        old = getattr(sae, name)
+        new = torch.randn(old.shape)
+        if how == "data":
+            old.data = new
+        else:
+            setattr(sae, name, torch.nn.Parameter(new) if isinstance(old, torch.nn.Parameter) else new)
+
+    with torch.no_grad():
+        for _ in range(5):
+            for call in (sae, lambda x: sae.decode(sae.encode(x))):
+                sae(x)
+                sae.encode(x)
+                for _ in range(3):
+                    set_randomly()
+                torch.testing.assert_close(call(x), dense(sae, x, TopK(5))[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_change_of_type_is_noticed(dtype, scalars):
+    sae = make_large(TopK(5), *scalars)
+    x = hidden_states(20)
+    check_dense(sae, x)
+    sae.to(dtype)
+    with torch.no_grad():
+        assert sae(x.to(dtype)).dtype == dtype
+        if dtype == torch.float64:
+            check_dense(sae, x.double())
+        with pytest.raises(TypeError, match="expected"):
+            sae(x)
+        sae.W_enc.mul_(0.5)
+        sae.to(torch.float32)
+        check_dense(sae, x)
+
+
+def test_changes_in_training_are_seen_in_evaluation(activation, scalars):
+    sae = make(activation, *scalars)
+    x = hidden_states(20)
+    for _ in range(3):
+        sae.eval()
+        check_dense(sae, x)
+        sae.train()
+        with torch.no_grad():
+            sae(x)
+            sae.W_enc.data.mul_(1.1)  # no version counter moves
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae)), copy.copy])
+def test_copies_after_a_forward_pass(activation, scalars, copied):
+    sae, x = make(activation, *scalars).eval(), hidden_states(20)
+    check_dense(sae, x)
+    twin = copied(sae)
+    with torch.no_grad():
+        assert torch.equal(twin(x), sae(x))
+        if copied is not copy.copy:  # which shares the parameters
+            before = sae(x)
+            twin.W_enc.mul_(0.5)
+            twin.std.mul_(2)
+            assert torch.equal(sae(x), before)
+    check_dense(twin, x)
+    check_dense(sae, x)
+
+
+def test_modes_of_autograd_give_the_same_values(activation, scalars):
+    sae = make(activation, *scalars).eval()
+    for x in (hidden_states(20), hidden_states(3, 5), hidden_states()):
+        with_grad = sae(x)
+        assert with_grad.requires_grad
+        with torch.no_grad():
+            without = sae(x)
+        with torch.inference_mode():
+            inference = sae(x)
+        sae.requires_grad_(False)
+        frozen = sae(x)
+        sae.requires_grad_(True)
+        for value in (without, inference, frozen):
+            assert not value.requires_grad
+            torch.testing.assert_close(value, with_grad, rtol=1e-5, atol=1e-5)
+        # What was kept under inference_mode must not stand in the way of a graph.
+        assert torch.autograd.grad(sae(x).sum(), sae.W_dec)[0].any()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "unaligned", "empty", "parameter"])
+def test_any_layout_of_hidden_states(layout):
+    sae, x = make_large(TopK(5)), hidden_states(20)
+    moved = {
+        "transposed": x.T.contiguous().T,
+        "strided": torch.stack([x, x + 1], 1)[:, 0],
+        "expanded": x[:1].expand(20, -1),
+        "unaligned": torch.cat([torch.zeros(1), x.flatten()])[1:].view(20, D_MODEL),
+        "empty": x[:0],
+        "parameter": torch.nn.Parameter(x, requires_grad=False),
+    }[layout]
+    with torch.no_grad():
+        out = sae(moved)
+        assert torch.equal(out, sae(moved.detach().clone(memory_format=torch.contiguous_format)))
+        assert out.shape == moved.shape
+
+
+def test_subclasses_may_have_parameters_and_buffers_of_their_own():
+    class Counting(SparseAutoencoder):
+        def __init__(self):
+            super().__init__(D_MODEL, LARGE, TopK(5))
+            self.register_buffer("uses", torch.zeros(LARGE))
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+    sae = Counting().eval()
+    check_dense(sae, hidden_states(20))
+    with torch.no_grad():
+        sae.W_enc.mul_(0.5)
+    check_dense(sae, hidden_states(20))
+
+
+def test_functional_call_uses_the_given_parameters(scalars):
+    sae, x = make_large(TopK(5), *scalars), hidden_states(20)
+    with torch.no_grad():
+        before = sae(x)
+        for factor in (0.5, 2.0, 0.5):
+            given = {name: parameter * factor for name, parameter in sae.named_parameters()}
+            called = torch.func.functional_call(sae, given, x)
+            twin = copy.deepcopy(sae)
+            for parameter in twin.parameters():
+                parameter.mul_(factor)
+            torch.testing.assert_close(called, twin(x), rtol=1e-5, atol=1e-5)
+            assert torch.equal(sae(x), before)
+
+
+def test_threads_share_a_module(activation):
+    sae, x = make(activation, 0.7, 2.5).eval(), hidden_states(40)
+    with torch.no_grad():
+        expected = copy.deepcopy(sae)(x)
+
+    def work(_):
+        with torch.no_grad():
+            return [sae(x), sae.decode(sae.encode(x))]
+
+    with ThreadPoolExecutor(4) as pool:
+        for forward, decoded in pool.map(work, range(16)):
+            assert torch.equal(forward, expected)
+            torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_forked_child_reconstructs(warm):
+    sae, x = make_large(TopK(5)), hidden_states(1000)
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            expected = copy.deepcopy(sae)(x)  # opens threads
+            if warm:
+                sae(x)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in the parent
+                child = os.fork()
+            if child == 0:
+                same = False
+                try:
+                    same = sae(x).numpy().tobytes() == expected.numpy().tobytes()
+                    sae.encode(x)
+                finally:
+                    os._exit(0 if same else 1)
+        deadline = time.monotonic() + 60
+        while (answer := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                pytest.fail("the child hangs")
+            time.sleep(0.01)
+        assert answer[1] == 0
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_compiled_module_sees_changes(scalars):
+    torch._dynamo.reset()
+    sae, x = make_large(TopK(5), *scalars), hidden_states(20)
+    compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), sae(x), rtol=1e-5, atol=1e-5)
+            sae.W_enc.mul_(0.5)
+    leaf = x.clone().requires_grad_()
+    compiled(leaf).square().sum().backward()
+    other = x.clone().requires_grad_()
+    sae(other).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (20,), (3, 4), (0,)])
+def test_chosen_features_are_columns_of_all(activation, scalars, shape):
+    sae, x = make(activation, *scalars).eval(), hidden_states(*shape)
+    with torch.no_grad():
+        whole = sae.encode(x).dense()
+        never = [f for f in range(N_FEATURES) if not whole[..., f].any()]
+        for ids in ([7], [40, 0, 7, 7, 40], [*never[:3], 1], list(range(N_FEATURES)), []):
+            for dtype in (torch.int32, torch.int64):
+                chosen = torch.tensor(ids, dtype=dtype)
+                columns = sae.encode_features(x, chosen)
+                assert columns.shape == (*shape, len(ids))
+                torch.testing.assert_close(columns, whole[..., chosen.long()], rtol=0, atol=0)
+
+
+def test_gradients_of_chosen_features(activation, scalars):
+    sae, x = make(activation, *scalars), hidden_states(12).requires_grad_()
+    sae.eval()
+    chosen = torch.tensor([40, 0, 7, 7, 3])
+    weight = torch.randn(12, 5, generator=torch.Generator().manual_seed(2))
+    arguments = [x, sae.W_enc, sae.b_enc, sae.b_dec]
+    expected_value = dense(sae, x, activation)[0][:, chosen]
+    expected = torch.autograd.grad((expected_value * weight).sum(), arguments)
+    value = sae.encode_features(x, chosen)
+    torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
+    for got, want in zip(torch.autograd.grad((value * weight).sum(), arguments), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_chosen_features_that_are_refused(activation):
+    sae, x = make(activation).eval(), hidden_states(2)
+    for ids in ([41], [-1], [3, 99]):
+        with pytest.raises(ValueError, match="features: ids go from 0 to 40, got"):
+            sae.encode_features(x, torch.tensor(ids))
+    for ids in (torch.ones(2), torch.ones(1, 2).int(), torch.tensor(1), torch.ones(2).bool()):
+        with pytest.raises(ValueError, match=r"features: expected integer ids \(m,\), got"):
+            sae.encode_features(x, ids)
+    with pytest.raises(TypeError, match="features: expected"):
+        sae.encode_features(x, [1, 2])
+    with pytest.raises(ValueError, match="x: expected shape"):
+        sae.encode_features(torch.zeros(2, 8), torch.tensor([1]))
+    sae.activation = BatchTopK(3)
+    with pytest.raises(ValueError, match="BatchTopK needs a threshold"):
+        sae.encode_features(x, torch.tensor([1]))
