@@ -74,8 +74,9 @@ void pack(int dtype, const py::tuple& weight, const py::object& bias, uintptr_t 
 }
 
 void linear_topk(int dtype, const py::tuple& x, const py::tuple& weight, const py::object& bias,
-                 const py::object& shift, int64_t k, uintptr_t exclude_offsets, uintptr_t exclude_ids, int64_t exclude_count, bool relu,
-                 uintptr_t values, uintptr_t indices, int index_type, const py::object& packed, int threads) {
+                 const py::object& shift, int64_t k, uintptr_t exclude_offsets, uintptr_t exclude_ids,
+                 int64_t exclude_count, bool relu, uintptr_t values, uintptr_t indices, int index_type,
+                 const py::object& packed, int threads) {
   saerec::LinearTopKParams params;
   params.x = matrix(x, dtype);
   params.weight = matrix(weight, dtype);

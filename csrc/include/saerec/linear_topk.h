@@ -17,9 +17,9 @@ struct LinearTopKParams {
   const int64_t* exclude_offsets = nullptr;  // (B + 1) or absent
   const int64_t* exclude_ids = nullptr;
   int64_t exclude_count = 0;  // of ids
-  bool relu = false;        // max(value, 0) after the selection
-  void* values = nullptr;   // (B, k) contiguous, dtype of x
-  void* indices = nullptr;  // (B, k) contiguous
+  bool relu = false;          // max(value, 0) after the selection
+  void* values = nullptr;     // (B, k) contiguous, dtype of x
+  void* indices = nullptr;    // (B, k) contiguous
   IndexType index_type = IndexType::kInt64;
   const void* packed = nullptr;  // of the encoder (saerec/packed.h), or absent
   int64_t packed_bytes = 0;
