@@ -131,7 +131,10 @@ def run_name() -> str | None:
 def sae_inputs(case: SaeCase) -> Inputs:
     """Hidden states and weights in their units."""
     if case.source == "random":
-        inputs = make_inputs(Case(case.d, case.n, case.k, case.rows))
+        # A single row may be one of those that cannot be checked: the first of a few that can.
+        inputs = make_inputs(Case(case.d, case.n, case.k, max(case.rows, 8)))
+        if case.rows < 8:
+            inputs = inputs._replace(x=inputs.x[decided_rows(inputs, case.k)[: case.rows]].clone())
         return inputs if case.k else inputs._replace(b_enc=inputs.b_enc + RELU_BIAS)
     sae = sf.SparseAutoencoder.load(RUN / case.source.removeprefix("run-") / "model").eval()
     hidden = ActivationStore(RUN / "activations" / "store").hidden
