@@ -73,10 +73,9 @@ def pack_weights(weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
     Raises:
         ValueError: weights or bias that are not finite, or not on the CPU; no kernels here to pack for.
     """
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        came = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight: expected a tensor (n, d), got {came}")
     validation.check_hidden("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected a tensor (n, d), got {tuple(weight.shape)}")
     validation.check_bias("bias", bias, weight.shape[0], weight)
     if resolve("cpu", weight) != "cpu" or _kernels is None:
         raise ValueError("backend: weights are packed for the CPU kernels, which cannot run here")

@@ -66,6 +66,9 @@ def check_features(features: Tensor, n: int) -> None:
         raise TypeError(f"features: expected a tensor of integer ids (m,), got {type(features).__name__}")
     if features.dim() != 1 or features.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"features: expected integer ids (m,), got {features.dtype} {tuple(features.shape)}")
+    # Values cannot be looked at while a graph is traced; the kernel does so again.
+    if torch.compiler.is_compiling():
+        return
     low, high = (int(features.min()), int(features.max())) if features.numel() else (0, 0)
     if low < 0 or high >= n:
         raise ValueError(f"features: ids go from 0 to {n - 1}, got {low} to {high}")

@@ -195,6 +195,17 @@ def test_encode_threshold_compiles(dynamic_output_shapes: None) -> None:
     assert counter.graphs == 2
 
 
+def test_encode_features_compiles_and_its_kernel_checks_ids() -> None:
+    x, W_enc, b_enc, b_dec, _ = make_inputs(CASE)
+    features = torch.tensor([9, 0, 59])
+    compiled = torch.compile(fast.encode_features, fullgraph=True, backend="aot_eager")
+    expected = fast.encode_features(x, W_enc, b_enc, b_dec, 0.3, features)
+    torch.testing.assert_close(compiled(x, W_enc, b_enc, b_dec, 0.3, features), expected, rtol=0, atol=0)
+    for bad in (60, -1):
+        with pytest.raises(ValueError, match=f"features: ids go from 0 to 59, got .*{bad}"):
+            OPS.encode_features(x, W_enc, b_enc, b_dec, torch.tensor([0.3]), torch.tensor([5, bad]))
+
+
 def test_exclude_compiles() -> None:
     def search(x: Tensor, weight: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
         return fast.linear_topk(x, weight, k=7, exclude=fast.Ragged(offsets, ids)).indices

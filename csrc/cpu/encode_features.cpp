@@ -1,6 +1,8 @@
 #include "saerec/encode_features.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "convert.h"
@@ -12,6 +14,11 @@ namespace saerec {
 void encode_features(const EncodeFeaturesParams& params) {
   const int64_t rows = params.x.rows, m = params.n_features;
   if (rows == 0 || m == 0) return;
+  const auto [lowest, highest] = std::minmax_element(params.features, params.features + m);
+  if (*lowest < 0 || *highest >= params.weight.rows) {
+    throw std::invalid_argument("features: ids go from 0 to " + std::to_string(params.weight.rows - 1) + ", got " +
+                                std::to_string(*lowest) + " to " + std::to_string(*highest));
+  }
   const std::vector<float> shift = widened(params.shift);
   const EncoderWeights weights = prepare_weights(params.weight, params.bias, shift, {}, 0, 0, params.threads);
   std::vector<uint32_t> features(params.features, params.features + m);
