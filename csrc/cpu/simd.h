@@ -399,7 +399,10 @@ inline Vec reduce_each(const Vec* sums) {
 template <class Element>
 inline Vec load(Element element, const typename Element::Storage* p) {
   Vec a;
-  for (int i = 0; i < 4; ++i) a.lane[i] = widen(element, p[i]);
+  // Packed weights are bytes, which may lie at any address.
+  typename Element::Storage values[4];
+  std::memcpy(values, p, sizeof values);
+  for (int i = 0; i < 4; ++i) a.lane[i] = widen(element, values[i]);
   return a;
 }
 template <class Element>
