@@ -99,10 +99,11 @@ format: setup
 	@touch $@
 
 # The runtime has to be loaded before Python is, and finds the C++ exceptions it wraps only if libstdc++ is loaded too.
-# Leaks are not looked for: Python and torch keep memory until the process ends.
+# Leaks are not looked for: Python and torch keep memory until the process ends. Freed memory stays out of use for a
+# while, but not for long: tests of peak memory are among these.
 sanitize: .venv-sanitize/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  .venv-sanitize/bin/python -m pytest tests/kernels $(ARGS)
 
 # Only the kernels are instrumented, and they run on std::thread here: torch's and Python's own threads are not looked at.
