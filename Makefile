@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make test       set up .venv, build the extension, run the tests (ARGS="-k topk" to choose)'
 	@echo 'make demo       set up .venv, run the study on MovieLens 100K into runs/demo (ARGS="--data DIR" for other data)'
-	@echo 'make bench      set up .venv-bench, time the ops beside other libraries (ARGS="-k topk" to choose), 45 minutes'
+	@echo 'make bench      set up .venv-bench, time the ops beside other libraries (ARGS="-k topk" to choose), some 45 minutes'
 	@echo 'make bench-quick   the same for a few sizes, 5 minutes'
 	@echo 'make setup      only set up .venv'
 	@echo 'make lint       ruff, mypy, clang-format; changes nothing'

@@ -320,16 +320,24 @@ def _check_autoencoder(
 
 
 def bind_reconstruct(
-    W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, W_dec: Tensor, activation: Activation
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    activation: Activation,
+    packed: PackedWeights | None,
 ) -> Callable[[Tensor], Tensor] | None:
     """:func:`reconstruct` with all but ``x`` checked and fixed, without gradients; ``None`` where no kernel runs.
 
     What it returns takes CPU tensors ``(..., d)`` of the weights' dtype, and trusts that they are.
     """
     k, threshold = _check_autoencoder(W_enc, W_enc, b_enc, b_dec, W_dec, activation)
-    if resolve("auto", W_enc) != "cpu" or _kernels is None or W_enc.stride(1) != 1:
+    packed_bytes = validation.check_packed(packed, W_enc, b_enc)
+    if resolve("auto", W_enc) != "cpu" or _kernels is None:
         return None
-    bound: Callable[[Tensor], Tensor] = _kernels.BoundReconstruct(W_enc, b_enc, b_dec, W_dec, threshold, k)
+    bound: Callable[[Tensor], Tensor] = _kernels.BoundReconstruct(
+        W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes
+    )
     return bound
 
 

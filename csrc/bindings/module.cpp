@@ -262,25 +262,7 @@ void adam_step(uintptr_t parameter, uintptr_t gradient, uintptr_t exp_avg, uintp
   saerec::adam_step(params);
 }
 
-void reconstruct(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias,
-                 const py::object& shift, const py::tuple& weight_dec, int64_t k, const py::object& thresholds,
-                 const py::tuple& out, const py::object& packed, int threads) {
-  saerec::ReconstructParams params;
-  params.x = matrix(x, dtype);
-  params.weight_enc = matrix(weight_enc, dtype);
-  params.bias = vector(bias, dtype);
-  params.shift = vector(shift, dtype);
-  params.weight_dec = matrix(weight_dec, dtype);
-  params.k = k;
-  params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
-  params.out = matrix(out, dtype);
-  set_packed(params, packed);
-  params.threads = threads;
-  const py::gil_scoped_release release;
-  saerec::reconstruct(params);
-}
-
-// A reconstruct call with everything but the batch fixed, for callers that count microseconds.
+// A reconstruct call with everything but the batch fixed: repeated calls cost little beside the kernel.
 class BoundReconstruct {
  public:
   BoundReconstruct(int dtype, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
@@ -331,7 +313,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("decode_sparse", &decode_sparse);
   module.def("sparse_dot", &sparse_dot);
   module.def("sparse_weight_gradient", &sparse_weight_gradient);
-  module.def("reconstruct", &reconstruct);
   py::class_<BoundReconstruct>(module, "BoundReconstruct")
       .def(py::init<int, const py::tuple&, const py::object&, const py::object&, const py::tuple&, int64_t,
                     const py::object&, const py::object&>())

@@ -326,23 +326,7 @@ def reconstruct(
     packed: Tensor | None = None,
 ) -> Tensor:
     """Reconstructed hidden states ``(R, d)``: top-k where k > 0, thresholds otherwise."""
-    W_enc = _unit_columns(W_enc)
-    threshold = None if threshold is None else _float_vector(threshold)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _C.reconstruct(
-        _DTYPE[x.dtype],
-        _matrix(x),
-        _matrix(W_enc),
-        _vector(b_enc),
-        _vector(b_dec),
-        _matrix(W_dec),
-        k,
-        None if threshold is None else _vector(threshold),
-        _matrix(out),
-        _packed(packed),
-        torch.get_num_threads(),
-    )
-    return out
+    return BoundReconstruct(W_enc, b_enc, b_dec, W_dec, threshold, k, packed)(x)
 
 
 class BoundReconstruct:
@@ -359,10 +343,10 @@ class BoundReconstruct:
         W_dec: Tensor,
         threshold: Tensor | None,
         k: int,
+        packed: Tensor | None,
     ) -> None:
-        W_enc, W_dec = W_enc.detach(), W_dec.detach()
+        W_enc = _unit_columns(W_enc)
         threshold = None if threshold is None else _float_vector(threshold)
-        packed = pack(W_enc, b_enc)
         self._kept = W_enc, b_enc, b_dec, W_dec, threshold, packed
         self._run = _C.BoundReconstruct(
             _DTYPE[W_enc.dtype],

@@ -533,7 +533,8 @@ class SparseAutoencoder(nn.Module):
         if W_enc.device.type == "cpu" and W_enc.dtype in KERNEL_DTYPES:
             weights = self.folded_weights()
             activation = self._inference_activation()
-            run = bind_reconstruct(weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, activation)
+            packed = self._packed_weights(weights)
+            run = bind_reconstruct(weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, activation, packed)
         self._bound = _Bound(key, _aliases(W_enc, b_enc, W_dec, b_dec, threshold, mean, std), run)
         return run
 

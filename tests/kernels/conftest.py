@@ -48,6 +48,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return buffer[_GUARD : _GUARD + size.numel()].view(size)
 
     monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda like: guarded_empty(like.shape, dtype=like.dtype))
     yield
     for buffer, numel in buffers:
         guards = torch.cat([buffer[:_GUARD], buffer[_GUARD + numel :]])

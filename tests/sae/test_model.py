@@ -747,3 +747,26 @@ def test_chosen_features_that_are_refused(activation):
     sae.activation = BatchTopK(3)
     with pytest.raises(ValueError, match="BatchTopK needs a threshold"):
         sae.encode_features(x, torch.tensor([1]))
+
+
+def test_forward_encode_and_steer_share_one_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saerec_fast.kernels import cpu
+
+    packings = []
+
+    def counted(*args, pack=cpu.pack):
+        packings.append(args)
+        return pack(*args)
+
+    monkeypatch.setattr(cpu, "pack", counted)
+    sae = SparseAutoencoder(8, 512, TopK(4)).eval()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        sae(x)
+        sae.encode(x)
+        sae(x)
+        assert len(packings) == 1
+        sae.W_enc.mul_(2)
+        sae(x)
+        sae.encode(x)
+    assert len(packings) == 2
