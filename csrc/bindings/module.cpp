@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "../cpu/parallel.h"
 #include "saerec/adam.h"
@@ -174,27 +177,38 @@ void sparse_weight_gradient(int dtype, uintptr_t offsets, uintptr_t indices, int
   saerec::sparse_weight_gradient(params);
 }
 
-void steer(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
-           const py::tuple& weight_dec, int64_t k, const py::object& thresholds, bool reconstruct, int64_t n_edits,
-           uintptr_t edit_features, uintptr_t edit_ops, uintptr_t edit_values, int64_t edit_values_row_stride,
-           uintptr_t row_mask, const py::tuple& out, const py::object& packed, int threads) {
-  saerec::SteerParams params;
-  params.x = matrix(x, dtype);
+// The parts that autoencoder calls share.
+template <class Params>
+void set_autoencoder(Params& params, int dtype, const py::tuple& weight_enc, const py::object& bias,
+                     const py::object& shift, const py::tuple& weight_dec, int64_t k, const py::object& thresholds,
+                     const py::object& packed) {
   params.weight_enc = matrix(weight_enc, dtype);
   params.bias = vector(bias, dtype);
   params.shift = vector(shift, dtype);
   params.weight_dec = matrix(weight_dec, dtype);
   params.k = k;
   params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
-  params.reconstruct = reconstruct;
-  params.n_edits = n_edits;
-  params.edit_features = pointer<const int64_t>(edit_features);
-  params.edit_ops = pointer<const int64_t>(edit_ops);
-  params.edit_values = pointer<const float>(edit_values);
-  params.edit_values_row_stride = edit_values_row_stride;
-  params.row_mask = pointer<const bool>(row_mask);
-  params.out = matrix(out, dtype);
   set_packed(params, packed);
+}
+
+void steer(int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
+           const py::tuple& weight_dec, int64_t k, const py::object& thresholds, bool reconstruct, int64_t n_edits,
+           uintptr_t edit_features, uintptr_t edit_ops, uintptr_t edit_values, int64_t edit_values_row_stride,
+           uintptr_t row_mask, const py::tuple& out, const py::object& packed, int threads) {
+  saerec::SteerPlan plan;
+  plan.n_edits = n_edits;
+  plan.features = pointer<const int64_t>(edit_features);
+  plan.ops = pointer<const int64_t>(edit_ops);
+  plan.values = pointer<const float>(edit_values);
+  plan.values_stride = edit_values_row_stride;
+  plan.reconstruct = reconstruct;
+  saerec::SteerParams params;
+  set_autoencoder(params, dtype, weight_enc, bias, shift, weight_dec, k, thresholds, packed);
+  params.x = matrix(x, dtype);
+  params.plans = &plan;
+  params.n_plans = 1;
+  params.valid = pointer<const bool>(row_mask);
+  params.out = matrix(out, dtype);
   params.threads = threads;
   const py::gil_scoped_release release;
   saerec::steer(params);
@@ -267,13 +281,7 @@ class BoundReconstruct {
  public:
   BoundReconstruct(int dtype, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
                    const py::tuple& weight_dec, int64_t k, const py::object& thresholds, const py::object& packed) {
-    params_.weight_enc = matrix(weight_enc, dtype);
-    params_.bias = vector(bias, dtype);
-    params_.shift = vector(shift, dtype);
-    params_.weight_dec = matrix(weight_dec, dtype);
-    params_.k = k;
-    params_.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
-    set_packed(params_, packed);
+    set_autoencoder(params_, dtype, weight_enc, bias, shift, weight_dec, k, thresholds, packed);
   }
 
   // x has any strides, out (rows, d) is contiguous.
@@ -289,6 +297,94 @@ class BoundReconstruct {
 
  private:
   saerec::ReconstructParams params_;
+};
+
+// A steering plan as the kernel reads it.
+class SteerProgram {
+ public:
+  // directions: float32, n_directions rows of the width of the hidden states, copied.
+  SteerProgram(std::vector<int64_t> features, std::vector<int64_t> ops, std::vector<float> values, bool reconstruct,
+               int positions, float max_relative_norm, bool clip, const std::vector<float>& directions)
+      : features_(std::move(features)), ops_(std::move(ops)), values_(std::move(values)), directions_(directions) {
+    plan_.n_edits = static_cast<int64_t>(features_.size());
+    plan_.features = features_.data();
+    plan_.ops = ops_.data();
+    plan_.values = values_.data();
+    plan_.directions = directions_.data();
+    plan_.reconstruct = reconstruct;
+    plan_.positions = static_cast<saerec::Positions>(positions);
+    plan_.max_relative_norm = max_relative_norm;
+    plan_.clip = clip;
+  }
+  SteerProgram(const SteerProgram&) = delete;
+  SteerProgram& operator=(const SteerProgram&) = delete;
+
+  const saerec::SteerPlan& plan() const { return plan_; }
+
+ private:
+  std::vector<int64_t> features_, ops_;
+  std::vector<float> values_, directions_;
+  saerec::SteerPlan plan_;
+};
+
+// A steer call with the autoencoder fixed.
+class BoundSteer {
+ public:
+  BoundSteer(int dtype, const py::tuple& weight_enc, const py::object& bias, const py::object& shift,
+             const py::tuple& weight_dec, int64_t k, const py::object& thresholds, const py::object& packed) {
+    set_autoencoder(params_, dtype, weight_enc, bias, shift, weight_dec, k, thresholds, packed);
+  }
+
+  // One plan for all sequences. values (float32) replace the plan's where they are not 0: (n_edits), or one row a
+  // sequence at values_stride. x has any strides, out (rows, d) is contiguous.
+  float run(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t length, uintptr_t out,
+            const SteerProgram& program, uintptr_t values, int64_t values_stride, uintptr_t valid, int threads) const {
+    saerec::SteerPlan plan = program.plan();
+    if (values != 0) {
+      plan.values = pointer<const float>(values);
+      plan.values_stride = values_stride;
+    }
+    return steer(x, rows, row_stride, col_stride, length, out, &plan, 1, nullptr, valid, threads);
+  }
+
+  // A plan for each sequence, None for none.
+  float run_each(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t length, uintptr_t out,
+                 const std::vector<const SteerProgram*>& programs, uintptr_t valid, int threads) const {
+    std::vector<saerec::SteerPlan> plans;
+    std::vector<int32_t> sequence_plans;
+    std::unordered_map<const SteerProgram*, int32_t> places;
+    for (const SteerProgram* program : programs) {
+      if (program == nullptr) {
+        sequence_plans.push_back(-1);
+        continue;
+      }
+      const auto [place, is_new] = places.emplace(program, static_cast<int32_t>(plans.size()));
+      if (is_new) plans.push_back(program->plan());
+      sequence_plans.push_back(place->second);
+    }
+    return steer(x, rows, row_stride, col_stride, length, out, plans.data(), static_cast<int64_t>(plans.size()),
+                 sequence_plans.data(), valid, threads);
+  }
+
+ private:
+  float steer(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t length, uintptr_t out,
+              const saerec::SteerPlan* plans, int64_t n_plans, const int32_t* sequence_plans, uintptr_t valid,
+              int threads) const {
+    saerec::SteerParams params = params_;
+    const int64_t d = params.weight_enc.cols;
+    params.x = {pointer<void>(x), params.weight_enc.dtype, rows, d, row_stride, col_stride};
+    params.out = {pointer<void>(out), params.weight_enc.dtype, rows, d, d, 1};
+    params.length = length;
+    params.plans = plans;
+    params.n_plans = n_plans;
+    params.sequence_plans = sequence_plans;
+    params.valid = pointer<const bool>(valid);
+    params.threads = threads;
+    const py::gil_scoped_release release;
+    return saerec::steer(params);
+  }
+
+  saerec::SteerParams params_;
 };
 
 const char* compiler() {
@@ -318,6 +414,14 @@ PYBIND11_MODULE(_C, module) {
                     const py::object&, const py::object&>())
       .def("run", &BoundReconstruct::run);
   module.def("steer", &steer);
+  py::class_<SteerProgram>(module, "SteerProgram")
+      .def(py::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<float>, bool, int, float, bool,
+                    const std::vector<float>&>());
+  py::class_<BoundSteer>(module, "BoundSteer")
+      .def(py::init<int, const py::tuple&, const py::object&, const py::object&, const py::tuple&, int64_t,
+                    const py::object&, const py::object&>())
+      .def("run", &BoundSteer::run)
+      .def("run_each", &BoundSteer::run_each);
   module.def("sparse_training_step", &sparse_training_step);
   module.def("largest_entries", &largest_entries);
   module.def("adam_step", &adam_step);

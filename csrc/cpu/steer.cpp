@@ -8,6 +8,7 @@
 #include "convert.h"
 #include "encode_rows.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace saerec {
 namespace {
@@ -32,14 +33,16 @@ float apply_edit(EditOp op, float activation, float value) {
   return activation;
 }
 
-// The plan in terms of its distinct features ("slots", ascending).
+// A plan in terms of its distinct features ("slots", ascending) and of what it adds whatever the activations are.
 struct CompiledPlan {
-  std::vector<int64_t> features;      // (slots)
+  const SteerPlan* plan = nullptr;
+  std::vector<int64_t> features;      // (slots) features whose change depends on their activation
   std::vector<uint32_t> feature_ids;  // (slots), the same
-  std::vector<int64_t> edit_slots;    // (n_edits)
+  std::vector<int64_t> edit_slots;    // (n_edits), -1 for edits of `added`
   std::vector<float> slot_threshold;  // (slots), empty for top-k
-  std::vector<char> adds_only;        // (slots) every edit adds, so the change does not depend on the activation
-  bool needs_activations = false;     // not all slots are adds_only
+  std::vector<int64_t> added;         // features that are only added to, and directions (below 0)
+  std::vector<int64_t> edit_added;    // (n_edits), place in `added`, -1 for edits of slots
+  bool encodes_all = false;
 
   int64_t slots() const { return static_cast<int64_t>(features.size()); }
 
@@ -49,32 +52,99 @@ struct CompiledPlan {
   }
 };
 
-CompiledPlan compile(const SteerParams& params) {
-  CompiledPlan plan;
-  plan.features.assign(params.edit_features, params.edit_features + params.n_edits);
-  std::sort(plan.features.begin(), plan.features.end());
-  plan.features.erase(std::unique(plan.features.begin(), plan.features.end()), plan.features.end());
-  plan.feature_ids.assign(plan.features.begin(), plan.features.end());
-  plan.adds_only.assign(plan.features.size(), 1);
-  for (int64_t i = 0; i < params.n_edits; ++i) {
-    const int64_t slot = plan.slot_of(params.edit_features[i]);
-    plan.edit_slots.push_back(slot);
-    if (params.edit_ops[i] != static_cast<int64_t>(EditOp::kAdd)) {
-      plan.adds_only[slot] = 0;
-      plan.needs_activations = true;
-    }
+CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
+  CompiledPlan compiled;
+  compiled.plan = &plan;
+  for (int64_t i = 0; i < plan.n_edits; ++i) {
+    const bool adds = plan.ops[i] == static_cast<int64_t>(EditOp::kAdd);
+    if (plan.features[i] >= 0 && (plan.reconstruct || !adds)) compiled.features.push_back(plan.features[i]);
+  }
+  std::sort(compiled.features.begin(), compiled.features.end());
+  compiled.features.erase(std::unique(compiled.features.begin(), compiled.features.end()), compiled.features.end());
+  compiled.feature_ids.assign(compiled.features.begin(), compiled.features.end());
+  for (int64_t i = 0; i < plan.n_edits; ++i) {
+    compiled.edit_slots.push_back(plan.features[i] < 0 ? -1 : compiled.slot_of(plan.features[i]));
+    if (compiled.edit_slots.back() < 0) compiled.added.push_back(plan.features[i]);
+  }
+  std::sort(compiled.added.begin(), compiled.added.end());
+  compiled.added.erase(std::unique(compiled.added.begin(), compiled.added.end()), compiled.added.end());
+  for (int64_t i = 0; i < plan.n_edits; ++i) {
+    const auto place = std::lower_bound(compiled.added.begin(), compiled.added.end(), plan.features[i]);
+    compiled.edit_added.push_back(compiled.edit_slots[i] < 0 ? place - compiled.added.begin() : -1);
   }
   if (params.k == 0) {
-    for (const int64_t feature : plan.features) {
-      plan.slot_threshold.push_back(element_at(params.thresholds, params.thresholds.size == 1 ? 0 : feature));
+    for (const int64_t feature : compiled.features) {
+      compiled.slot_threshold.push_back(element_at(params.thresholds, params.thresholds.size == 1 ? 0 : feature));
     }
   }
-  return plan;
+  compiled.encodes_all = plan.reconstruct || (params.k > 0 && compiled.slots() > 0);
+  return compiled;
 }
+
+char* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<char*>(matrix.data) + row * matrix.row_stride * dtype_size(matrix.dtype);
+}
+
+// What a plan adds to every steered row of a sequence: the features that are only added to, and its directions.
+class Offset {
+ public:
+  Offset(const SteerParams& params, const CompiledPlan& plan, const float* shift)
+      : params_(params), plan_(plan), shift_(plan.plan->reconstruct ? shift : nullptr) {}
+
+  // From here on the offset of `sequence`.
+  void move_to(int64_t sequence) {
+    const int64_t key = plan_.plan->values_stride == 0 ? 0 : sequence;
+    if (key == sequence_) return;
+    sequence_ = key;
+    changes_ = false;
+    if (plan_.added.empty()) return;
+    const SteerPlan& plan = *plan_.plan;
+    const int64_t d = params_.x.cols;
+    // All edits of a feature are one change, which may be none.
+    std::vector<float> sums(plan_.added.size(), 0.0f);
+    for (int64_t i = 0; i < plan.n_edits; ++i) {
+      if (plan_.edit_added[i] >= 0) sums[plan_.edit_added[i]] += plan.values[key * plan.values_stride + i];
+    }
+    vector_.assign(static_cast<std::size_t>(d), 0.0f);
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      if (sums[i] == 0.0f) continue;
+      changes_ = true;
+      const Vector row = row_to_add(plan_.added[i]);
+      for (int64_t j = 0; j < d; ++j) vector_[j] += sums[i] * element_at(row, j);
+    }
+    if (shift_ != nullptr) {
+      for (int64_t j = 0; j < d; ++j) vector_[j] += shift_[j];
+    }
+  }
+
+  bool same_for_all() const { return plan_.added.empty() || plan_.plan->values_stride == 0; }
+  // Whether rows change at all by it.
+  bool changes() const { return changes_; }
+  // (d), with the shift of the decoder where the plan reconstructs; or null for nothing.
+  const float* data() const {
+    return !plan_.added.empty() && (changes_ || shift_ != nullptr) ? vector_.data() : shift_;
+  }
+
+ private:
+  Vector row_to_add(int64_t feature) const {
+    const int64_t d = params_.x.cols;
+    if (feature < 0) return {plan_.plan->directions + (-1 - feature) * d, DType::kFloat32, d, 1};
+    return {row_of(params_.weight_dec, feature), params_.weight_dec.dtype, d, params_.weight_dec.col_stride};
+  }
+
+  const SteerParams& params_;
+  const CompiledPlan& plan_;
+  const float* shift_;
+  int64_t sequence_ = -1;
+  bool changes_ = false;
+  std::vector<float> vector_;
+};
 
 // What one thread holds while steering a chunk.
 struct SteerScratch {
+  ScratchBuffer x, out;            // (rows, d) gathered, where the rows do not lie side by side
   std::vector<float> activations;  // (rows, slots) before the edits
+  std::vector<float> edited;       // (slots) of one row
   std::vector<int64_t> offsets;
   std::vector<int64_t> features;
   std::vector<float> values;
@@ -85,94 +155,139 @@ SteerScratch& thread_steer_scratch() {
   return scratch;
 }
 
+// Bit for bit: neither rounding nor -0 + 0 may touch a row that is not steered.
+void copy_row(const Matrix& from, int64_t from_row, const Matrix& to, int64_t to_row) {
+  const int64_t size = dtype_size(from.dtype);
+  const char* in = row_of(from, from_row);
+  char* out = row_of(to, to_row);
+  if (from.col_stride == 1) {
+    std::memcpy(out, in, static_cast<std::size_t>(from.cols * size));
+    return;
+  }
+  for (int64_t j = 0; j < from.cols; ++j) {
+    std::memcpy(out + j * size, in + j * from.col_stride * size, static_cast<std::size_t>(size));
+  }
+}
+
+// The rows of one plan: [0, count) of x where `rows` is empty, else those listed, ascending.
+struct Job {
+  const CompiledPlan* plan = nullptr;
+  int64_t count = 0;
+  std::vector<int64_t> rows;
+
+  int64_t row(int64_t i) const { return rows.empty() ? i : rows[static_cast<std::size_t>(i)]; }
+};
+
 class ChunkSteerer {
  public:
-  ChunkSteerer(const SteerParams& params, const CompiledPlan& plan, const EncoderWeights& weights,
-               const float* thresholds, int64_t first, int64_t rows)
+  ChunkSteerer(const SteerParams& params, const Job& job, const EncoderWeights& weights, const float* thresholds,
+               int64_t first, int64_t rows)
       : params_(params),
-        plan_(plan),
+        plan_(*job.plan),
+        job_(job),
         weights_(weights),
         thresholds_(thresholds),
         first_(first),
-        x_(row_range(params.x, first, rows)),
-        out_(row_range(params.out, first, rows)) {}
+        scratch_(thread_steer_scratch()),
+        offset_(params, plan_, weights.shift) {
+    if (job.rows.empty()) {
+      x_ = row_range(params.x, first, rows);
+      out_ = row_range(params.out, first, rows);
+      return;
+    }
+    const int64_t d = params.x.cols, bytes = rows * d * dtype_size(params.x.dtype);
+    x_ = {scratch_.x.get<char>(bytes), params.x.dtype, rows, d, d, 1};
+    out_ = {scratch_.out.get<char>(bytes), params.x.dtype, rows, d, d, 1};
+    for (int64_t r = 0; r < rows; ++r) copy_row(params.x, job.row(first + r), x_, r);
+  }
 
-  void run() {
-    SteerScratch& scratch = thread_steer_scratch();
-    scratch.offsets.assign(1, 0);
-    scratch.features.clear();
-    scratch.values.clear();
-    if (params_.reconstruct) {
-      encode_all(scratch);
+  // Returns the largest relative change of a row, 0 where the plan has no limit.
+  float run() {
+    scratch_.offsets.assign(1, 0);
+    scratch_.features.clear();
+    scratch_.values.clear();
+    if (plan_.plan->reconstruct) {
+      encode_all();
     } else {
-      encode_edited(scratch);
+      encode_edited();
       for (int64_t r = 0; r < x_.rows; ++r) {
-        if (steered(r)) emit_changes(scratch, r);
-        end_row(scratch);
+        emit_changes(r);
+        end_row();
       }
     }
-    decode(scratch);
-    for (int64_t r = 0; r < x_.rows; ++r) {
-      const bool unchanged = !params_.reconstruct && scratch.offsets[r] == scratch.offsets[r + 1];
-      if (unchanged || !steered(r)) copy_row(r);
+    for (int64_t begin = 0; begin < x_.rows;) {
+      const int64_t end = offset_.same_for_all() ? x_.rows : end_of_sequence(begin);
+      offset_.move_to(sequence(begin));
+      decode(begin, end);
+      for (int64_t r = begin; r < end; ++r) {
+        if (unchanged(r)) copy_row(x_, r, out_, r);
+      }
+      begin = end;
     }
+    const float largest = std::isinf(plan_.plan->max_relative_norm) ? 0.0f : limit_changes();
+    if (!job_.rows.empty()) {
+      for (int64_t r = 0; r < x_.rows; ++r) copy_row(out_, r, params_.out, job_.row(first_ + r));
+    }
+    return largest;
   }
 
  private:
-  bool steered(int64_t row) const { return params_.row_mask == nullptr || params_.row_mask[first_ + row]; }
+  int64_t sequence(int64_t row) const { return job_.row(first_ + row) / params_.length; }
 
-  float edit_value(int64_t row, int64_t edit) const {
-    return params_.edit_values[(first_ + row) * params_.edit_values_row_stride + edit];
+  int64_t end_of_sequence(int64_t row) const {
+    const int64_t own = sequence(row);
+    while (row < x_.rows && sequence(row) == own) ++row;
+    return row;
   }
 
-  static void emit(SteerScratch& scratch, int64_t feature, float value) {
-    scratch.features.push_back(feature);
-    scratch.values.push_back(value);
+  bool unchanged(int64_t row) const {
+    return !plan_.plan->reconstruct && !offset_.changes() && scratch_.offsets[row] == scratch_.offsets[row + 1];
   }
 
-  static void end_row(SteerScratch& scratch) {
-    scratch.offsets.push_back(static_cast<int64_t>(scratch.features.size()));
+  void emit(int64_t feature, float value) {
+    scratch_.features.push_back(feature);
+    scratch_.values.push_back(value);
   }
 
-  // Activations of the edited features only; 0 for those only added to, whose activation would cancel (were it finite).
-  void encode_edited(SteerScratch& scratch) {
+  void end_row() { scratch_.offsets.push_back(static_cast<int64_t>(scratch_.features.size())); }
+
+  // Activations of the edited features only.
+  void encode_edited() {
     const int64_t slots = plan_.slots();
-    scratch.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
-    if (!plan_.needs_activations) return;
+    scratch_.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
+    if (slots == 0) return;
     if (params_.k == 0) {
       encode_feature_list(thread_encoder_scratch(), x_, weights_, plan_.feature_ids.data(), slots,
-                          scratch.activations.data());
+                          scratch_.activations.data());
       for (int64_t i = 0; i < x_.rows * slots; ++i) {
-        const int64_t slot = i % slots;
-        if (plan_.adds_only[slot] || scratch.activations[i] <= plan_.slot_threshold[slot])
-          scratch.activations[i] = 0.0f;
+        if (scratch_.activations[i] <= plan_.slot_threshold[i % slots]) scratch_.activations[i] = 0.0f;
       }
       return;
     }
     for_each_topk_entry([&](int64_t row, int64_t feature, float value) {
       const int64_t slot = plan_.slot_of(feature);
-      if (slot >= 0 && !plan_.adds_only[slot]) scratch.activations[row * slots + slot] = value;
+      if (slot >= 0) scratch_.activations[row * slots + slot] = value;
     });
   }
 
   // a' of every row as sparse entries: the unedited features, then the edited ones.
-  void encode_all(SteerScratch& scratch) {
+  void encode_all() {
     const int64_t slots = plan_.slots();
-    scratch.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
+    scratch_.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
     int64_t current = 0;
     const auto finish_rows_before = [&](int64_t row) {
       for (; current < row; ++current) {
-        emit_edited(scratch, current);
-        end_row(scratch);
+        emit_edited(current);
+        end_row();
       }
     };
     const auto take = [&](int64_t row, int64_t feature, float value) {
       finish_rows_before(row);
       const int64_t slot = plan_.slot_of(feature);
       if (slot >= 0) {
-        scratch.activations[row * slots + slot] = value;
+        scratch_.activations[row * slots + slot] = value;
       } else {
-        emit(scratch, feature, value);
+        emit(feature, value);
       }
     };
     if (params_.k > 0) {
@@ -206,90 +321,168 @@ class ChunkSteerer {
     }
   }
 
-  // Applies the edits of a row; edited(slot) is then its a'.
+  // Applies the edits of a row; use(slot, a, a') for every slot.
   template <class Use>
-  void edit_row(const SteerScratch& scratch, int64_t row, const Use& use) {
+  void edit_row(int64_t row, const Use& use) {
+    const SteerPlan& plan = *plan_.plan;
     const int64_t slots = plan_.slots();
-    const float* before = scratch.activations.data() + row * slots;
-    edited_.assign(before, before + slots);
-    for (int64_t i = 0; i < params_.n_edits; ++i) {
-      float& activation = edited_[plan_.edit_slots[i]];
-      activation = apply_edit(static_cast<EditOp>(params_.edit_ops[i]), activation, edit_value(row, i));
+    const float* before = scratch_.activations.data() + row * slots;
+    const float* values = plan.values + (plan.values_stride == 0 ? 0 : sequence(row) * plan.values_stride);
+    scratch_.edited.assign(before, before + slots);
+    for (int64_t i = 0; i < plan.n_edits; ++i) {
+      if (plan_.edit_slots[i] < 0) continue;
+      float& activation = scratch_.edited[static_cast<std::size_t>(plan_.edit_slots[i])];
+      activation = apply_edit(static_cast<EditOp>(plan.ops[i]), activation, values[i]);
     }
-    for (int64_t slot = 0; slot < slots; ++slot) use(slot, before[slot], edited_[slot]);
+    for (int64_t slot = 0; slot < slots; ++slot)
+      use(slot, before[slot], scratch_.edited[static_cast<std::size_t>(slot)]);
   }
 
-  void emit_changes(SteerScratch& scratch, int64_t row) {
-    edit_row(scratch, row, [&](int64_t slot, float before, float after) {
+  void emit_changes(int64_t row) {
+    edit_row(row, [&](int64_t slot, float before, float after) {
       const float change = after - before;
-      if (change != 0.0f) emit(scratch, plan_.features[slot], change);
+      if (change != 0.0f) emit(plan_.features[slot], change);
     });
   }
 
-  void emit_edited(SteerScratch& scratch, int64_t row) {
-    edit_row(scratch, row, [&](int64_t slot, float, float after) { emit(scratch, plan_.features[slot], after); });
+  void emit_edited(int64_t row) {
+    edit_row(row, [&](int64_t slot, float, float after) { emit(plan_.features[slot], after); });
   }
 
-  void decode(const SteerScratch& scratch) {
+  // Rows [begin, end) of the chunk, which share an offset.
+  void decode(int64_t begin, int64_t end) const {
     DecodeTask task;
-    task.begins = scratch.offsets.data();
+    task.begins = scratch_.offsets.data() + begin;
     task.ends = task.begins + 1;
-    task.indices = {scratch.features.data(), IndexType::kInt64};
-    task.values = {scratch.values.data(), DType::kFloat32, static_cast<int64_t>(scratch.values.size()), 1};
+    task.indices = {scratch_.features.data(), IndexType::kInt64};
+    task.values = {scratch_.values.data(), DType::kFloat32, static_cast<int64_t>(scratch_.values.size()), 1};
     task.weight = params_.weight_dec;
-    if (params_.reconstruct) {
-      task.bias = weights_.shift;
-    } else {
-      task.base = x_;
-    }
-    task.out = out_;
+    task.bias = offset_.data();
+    if (!plan_.plan->reconstruct) task.base = row_range(x_, begin, end - begin);
+    task.out = row_range(out_, begin, end - begin);
     active_kernels().decode_rows(task);
   }
 
-  // Bit for bit: neither rounding nor -0 + 0 may touch a row that is not steered.
-  void copy_row(int64_t row) {
-    const int64_t size = dtype_size(x_.dtype);
-    const char* in = static_cast<const char*>(x_.data) + row * x_.row_stride * size;
-    char* out = static_cast<char*>(out_.data) + row * out_.row_stride * size;
-    if (x_.col_stride == 1) {
-      std::memcpy(out, in, static_cast<std::size_t>(x_.cols * size));
-      return;
+  float limit_changes() const {
+    float largest = 0.0f;
+    const float limit = plan_.plan->max_relative_norm;
+    for (int64_t r = 0; r < x_.rows; ++r) {
+      const Vector before = {row_of(x_, r), x_.dtype, x_.cols, x_.col_stride};
+      const Vector after = {row_of(out_, r), out_.dtype, out_.cols, 1};
+      double norm = 0.0, change_norm = 0.0;
+      for (int64_t j = 0; j < x_.cols; ++j) {
+        const double value = element_at(before, j), change = element_at(after, j) - value;
+        norm += value * value;
+        change_norm += change * change;
+      }
+      if (change_norm == 0.0) continue;
+      const float relative = static_cast<float>(std::sqrt(change_norm / norm));
+      // A NaN stays: neither largest nor clipped.
+      if (relative > largest) largest = relative;
+      if (!plan_.plan->clip || !(relative > limit)) continue;
+      const float scale = limit / relative;
+      for (int64_t j = 0; j < x_.cols; ++j) {
+        const float value = element_at(before, j);
+        store_element(out_.dtype, row_of(out_, r), j, value + scale * (element_at(after, j) - value));
+      }
     }
-    for (int64_t j = 0; j < x_.cols; ++j) {
-      std::memcpy(out + j * size, in + j * x_.col_stride * size, static_cast<std::size_t>(size));
-    }
+    return largest;
   }
 
   const SteerParams& params_;
   const CompiledPlan& plan_;
+  const Job& job_;
   const EncoderWeights& weights_;
   const float* thresholds_;
   int64_t first_;
+  SteerScratch& scratch_;
+  Offset offset_;
   Matrix x_;
   Matrix out_;
-  std::vector<float> edited_;
+};
+
+// The rows each plan changes; plan_of_row gets the plan of every row, -1 for none.
+std::vector<Job> jobs_of(const SteerParams& params, const std::vector<CompiledPlan>& plans,
+                         std::vector<int32_t>& plan_of_row) {
+  std::vector<Job> jobs(plans.size());
+  for (std::size_t p = 0; p < plans.size(); ++p) jobs[p].plan = &plans[p];
+  const int64_t rows = params.x.rows, length = params.length;
+  if (params.sequence_plans == nullptr && params.valid == nullptr && params.plans[0].positions == Positions::kAll) {
+    jobs[0].count = rows;
+    return jobs;
+  }
+  plan_of_row.assign(static_cast<std::size_t>(rows), -1);
+  const auto take = [&](int32_t plan, int64_t row) {
+    plan_of_row[static_cast<std::size_t>(row)] = plan;
+    jobs[static_cast<std::size_t>(plan)].rows.push_back(row);
+  };
+  for (int64_t begin = 0; begin < rows; begin += length) {
+    const int32_t plan = params.sequence_plans == nullptr ? 0 : params.sequence_plans[begin / length];
+    if (plan < 0) continue;
+    const bool last = params.plans[plan].positions == Positions::kLast;
+    int64_t end = begin + length;
+    if (last) {
+      while (end > begin && params.valid != nullptr && !params.valid[end - 1]) --end;
+      if (end > begin) take(plan, end - 1);
+      continue;
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      if (params.valid == nullptr || params.valid[row]) take(plan, row);
+    }
+  }
+  for (Job& job : jobs) job.count = static_cast<int64_t>(job.rows.size());
+  return jobs;
+}
+
+struct Chunk {
+  const Job* job;
+  int64_t first;
+  int64_t rows;
 };
 
 }  // namespace
 
-void steer(const SteerParams& params) {
+float steer(const SteerParams& params) {
   const int64_t rows = params.x.rows, d = params.x.cols;
-  if (rows == 0 || d == 0) return;
-  const CompiledPlan plan = compile(params);
+  if (rows == 0 || d == 0) return 0.0f;
+  std::vector<CompiledPlan> plans;
+  for (int64_t p = 0; p < params.n_plans; ++p) plans.push_back(compile(params, params.plans[p]));
+  std::vector<int32_t> plan_of_row;
+  const std::vector<Job> jobs = jobs_of(params, plans, plan_of_row);
+
+  int64_t encoded_rows = 0, operations = 0;
+  bool needs_thresholds = false;
+  for (const Job& job : jobs) {
+    const bool encodes_all = job.plan->encodes_all;
+    if (encodes_all) encoded_rows += job.count;
+    needs_thresholds = needs_thresholds || (encodes_all && params.k == 0);
+    operations += sweep_operations(job.count, encodes_all ? params.weight_enc.rows : 4 * job.plan->slots() + 4, d);
+  }
   const std::vector<float> shift = widened(params.shift);
-  const bool encodes_all = params.reconstruct || (params.k > 0 && plan.needs_activations);
   const EncoderWeights weights =
-      prepare_weights(params.weight_enc, params.bias, shift, {params.packed, params.packed_bytes},
-                      encodes_all ? rows : 0, params.k, params.threads);
-  const std::vector<float> thresholds = encodes_all && params.k == 0
-                                            ? widened_thresholds(params.thresholds, params.weight_enc.rows)
-                                            : std::vector<float>();
-  const int64_t swept = encodes_all ? params.weight_enc.rows : plan.slots();
-  const SweepPartition partition = partition_sweep(rows, swept, d, params.threads, false);
-  parallel_for(partition.chunks, partition.threads, [&](int64_t chunk) {
-    const int64_t first = chunk * partition.chunk_rows;
-    ChunkSteerer(params, plan, weights, thresholds.data(), first, std::min(partition.chunk_rows, rows - first)).run();
+      prepare_weights(params.weight_enc, params.bias, shift, {params.packed, params.packed_bytes}, encoded_rows,
+                      params.k, params.threads);
+  const std::vector<float> thresholds =
+      needs_thresholds ? widened_thresholds(params.thresholds, params.weight_enc.rows) : std::vector<float>();
+
+  const int threads = useful_threads(params.threads, operations);
+  std::vector<Chunk> chunks;
+  for (const Job& job : jobs) {
+    const int64_t step = partition_sweep(job.count, params.weight_enc.rows, d, threads, false).chunk_rows;
+    for (int64_t first = 0; first < job.count; first += step) {
+      chunks.push_back({&job, first, std::min(step, job.count - first)});
+    }
+  }
+  std::vector<float> largest(chunks.size(), 0.0f);
+  parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t i) {
+    const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
+    largest[static_cast<std::size_t>(i)] =
+        ChunkSteerer(params, *chunk.job, weights, thresholds.data(), chunk.first, chunk.rows).run();
   });
+  for (std::size_t row = 0; row < plan_of_row.size(); ++row) {
+    if (plan_of_row[row] < 0) copy_row(params.x, static_cast<int64_t>(row), params.out, static_cast<int64_t>(row));
+  }
+  return largest.empty() ? 0.0f : *std::max_element(largest.begin(), largest.end());
 }
 
 }  // namespace saerec

@@ -1,39 +1,56 @@
-// steer: encode, edit and decode a batch of hidden states in one pass over its rows.
+// steer: encode, edit and decode a batch of sequences of hidden states in one pass over the rows that plans change.
 //
-// delta:       out = x + sum_u (a'_u - a_u) weight_dec[u]   over the edited features u
-// reconstruct: out = sum_f a'_f weight_dec[f] + shift
-// with a = act(<x - shift, weight_enc> + bias). Rows outside row_mask, and in delta mode rows whose edits change
-// nothing, are copied bit for bit. Delta mode does the least exact work: no encoding when every edit adds, one dot
-// product per edited feature for threshold activations, the whole encoder only for top-k.
+// delta:       out = x + sum_u (a'_u - a_u) weight_dec[u] + sum_i v_i direction[i]   over the edited features u
+// reconstruct: out = sum_f a'_f weight_dec[f] + shift + sum_i v_i direction[i]
+// with a = act(<x - shift, weight_enc> + bias). Rows outside a plan's positions, rows of sequences without a plan, and
+// in delta mode rows whose edits change nothing, are copied bit for bit. Delta mode does the least exact work: no
+// encoding when every edit adds (the change is then one vector a sequence), one dot product per edited feature for
+// threshold activations, the whole encoder only for top-k.
 #pragma once
+
+#include <limits>
 
 #include "saerec/views.h"
 
 namespace saerec {
 
 enum class EditOp : int { kSet = 0, kAdd = 1, kScale = 2, kClampMin = 3, kClampMax = 4 };
+enum class Positions : int { kAll = 0, kLast = 1 };
+
+struct SteerPlan {
+  int64_t n_edits = 0;
+  const int64_t* features = nullptr;  // (n_edits), each in [0, n), or -1 - i for direction i
+  const int64_t* ops = nullptr;       // (n_edits), EditOp; kAdd for directions
+  const float* values = nullptr;      // (n_edits), or (sequences, n_edits) at values_stride
+  int64_t values_stride = 0;
+  const float* directions = nullptr;  // (n_directions, d) contiguous
+  bool reconstruct = false;
+  Positions positions = Positions::kAll;
+  // Limit of |out - x| / |x| of a row. With clip, larger changes are scaled down to it.
+  float max_relative_norm = std::numeric_limits<float>::infinity();
+  bool clip = false;
+};
 
 struct SteerParams {
-  Matrix x;           // (B, d)
-  Matrix weight_enc;  // (n, d)
-  Vector bias;        // (n) or absent
-  Vector shift;       // (d) or absent
-  Matrix weight_dec;  // (n, d)
-  int64_t k = 0;      // > 0: top-k; 0: thresholds
-  Vector thresholds;  // (n), or size 1 for all features
-  bool reconstruct = false;
-  int64_t n_edits = 0;
-  const int64_t* edit_features = nullptr;  // (n_edits), each in [0, n)
-  const int64_t* edit_ops = nullptr;       // (n_edits), EditOp
-  const float* edit_values = nullptr;      // (n_edits) at row stride 0, or (B, n_edits)
-  int64_t edit_values_row_stride = 0;
-  const bool* row_mask = nullptr;  // (B) or absent
-  Matrix out;                      // (B, d) contiguous, dtype of x
-  const void* packed = nullptr;    // of the encoder (saerec/packed.h), or absent
+  Matrix x;            // (B, d): sequences of `length` rows, one after the other
+  int64_t length = 1;  // divides B
+  Matrix weight_enc;   // (n, d)
+  Vector bias;         // (n) or absent
+  Vector shift;        // (d) or absent
+  Matrix weight_dec;   // (n, d)
+  int64_t k = 0;       // > 0: top-k; 0: thresholds
+  Vector thresholds;   // (n), or size 1 for all features
+  const SteerPlan* plans = nullptr;
+  int64_t n_plans = 0;
+  const int32_t* sequence_plans = nullptr;  // (B / length) plan of each sequence, -1 for none; absent: plan 0 for all
+  const bool* valid = nullptr;              // (B) or absent: rows that may change
+  Matrix out;                               // (B, d) contiguous, dtype of x
+  const void* packed = nullptr;             // of the encoder (saerec/packed.h), or absent
   int64_t packed_bytes = 0;
   int threads = 1;
 };
 
-void steer(const SteerParams& params);
+// Returns the largest |out - x| / |x| before clipping, over the rows of plans with a finite limit; 0 without any.
+float steer(const SteerParams& params);
 
 }  // namespace saerec
