@@ -32,3 +32,45 @@ def adam_step(*args: Any) -> None: ...
 class BoundReconstruct:
     def __init__(self, *args: Any) -> None: ...
     def run(self, x: int, rows: int, row_stride: int, col_stride: int, out: int, threads: int) -> None: ...
+
+class SteerProgram:
+    def __init__(
+        self,
+        features: list[int],
+        ops: list[int],
+        values: list[float],
+        reconstruct: bool,
+        positions: int,
+        max_relative_norm: float,
+        clip: bool,
+        directions: list[float],
+    ) -> None: ...
+
+class BoundSteer:
+    def __init__(self, *args: Any) -> None: ...
+    def run(
+        self,
+        x: int,
+        rows: int,
+        row_stride: int,
+        col_stride: int,
+        length: int,
+        out: int,
+        program: SteerProgram,
+        values: int,
+        values_stride: int,
+        valid: int,
+        threads: int,
+    ) -> float: ...
+    def run_each(
+        self,
+        x: int,
+        rows: int,
+        row_stride: int,
+        col_stride: int,
+        length: int,
+        out: int,
+        programs: list[SteerProgram | None],
+        valid: int,
+        threads: int,
+    ) -> float: ...

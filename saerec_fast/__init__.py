@@ -19,12 +19,14 @@ from saerec_fast.api import (
     steer,
 )
 from saerec_fast.sae import ActivationStore, SAETrainingConfig, SparseAutoencoder, evaluate_sae, train_sae
-from saerec_fast.steering import SteeringHandle, attach
+from saerec_fast.steering import Calibration, SteeringHandle, attach, calibrate, contrastive_direction
 from saerec_fast.types import (
     BatchTopK,
+    Direction,
     Edit,
     JumpReLU,
     PackedWeights,
+    PlanCost,
     Ragged,
     ReLU,
     SparseFeatures,
@@ -41,9 +43,12 @@ except _PackageNotFoundError:
 __all__ = [
     "ActivationStore",
     "BatchTopK",
+    "Calibration",
+    "Direction",
     "Edit",
     "JumpReLU",
     "PackedWeights",
+    "PlanCost",
     "Ragged",
     "ReLU",
     "SAETrainingConfig",
@@ -55,6 +60,8 @@ __all__ = [
     "TopKResult",
     "__version__",
     "attach",
+    "calibrate",
+    "contrastive_direction",
     "decode_sparse",
     "encode_features",
     "encode_threshold",

@@ -271,7 +271,7 @@ def steer(
         change nothing, are the same bits as in x.
     """
     k, threshold = _check_autoencoder(x, W_enc, b_enc, b_dec, W_dec, activation)
-    validation.check_plan(plan, W_enc.shape[0])
+    validation.check_plan(plan, *W_enc.shape)
     batch_shape = x.shape[:-1]
     validation.check_strengths(strengths, plan, batch_shape, x)
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
@@ -284,6 +284,7 @@ def steer(
         values = strengths
     else:
         values = strengths.expand(*batch_shape, len(plan.edits)).reshape(batch_shape.numel(), len(plan.edits))
+    edited = [j for j, _ in plan.feature_edits]
     out = _run(
         "steer",
         _flat(x),
@@ -294,13 +295,17 @@ def steer(
         threshold,
         k,
         plan.mode == "reconstruct",
-        [edit.feature for edit in plan.edits],
-        [ops.EDIT_CODES[edit.op] for edit in plan.edits],
-        values,
+        [edit.feature for _, edit in plan.feature_edits],
+        [ops.EDIT_CODES[edit.op] for _, edit in plan.feature_edits],
+        values if len(edited) == len(plan.edits) else values[..., edited],
         None if mask is None else mask.reshape(-1),
         packed_bytes,
-    )
-    return out.view(x.shape)
+    ).view(x.shape)
+    if plan.directions:
+        all_values = values if values.dim() == 1 else values.reshape(*batch_shape, len(plan.edits))
+        moved = reference.add_change(out, reference.along_directions(plan, all_values).to(x.dtype))
+        out = moved if mask is None else torch.where(mask.unsqueeze(-1), moved, out)
+    return reference.limit_change(x, out, plan)
 
 
 def _check_autoencoder(
@@ -336,6 +341,28 @@ def bind_reconstruct(
     if resolve("auto", W_enc) != "cpu" or _kernels is None:
         return None
     bound: Callable[[Tensor], Tensor] = _kernels.BoundReconstruct(
+        W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes
+    )
+    return bound
+
+
+def bind_steer(
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    activation: Activation,
+    packed: PackedWeights | None,
+) -> Callable[..., tuple[Tensor, float]] | None:
+    """:func:`steer` with the autoencoder checked and fixed, without gradients; ``None`` where no kernel runs.
+
+    What it returns trusts its arguments: CPU tensors of the weights' dtype, and plans that fit.
+    """
+    k, threshold = _check_autoencoder(W_enc, W_enc, b_enc, b_dec, W_dec, activation)
+    packed_bytes = validation.check_packed(packed, W_enc, b_enc)
+    if resolve("auto", W_enc) != "cpu" or _kernels is None:
+        return None
+    bound: Callable[..., tuple[Tensor, float]] = _kernels.BoundSteer(
         W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes
     )
     return bound

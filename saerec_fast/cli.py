@@ -264,7 +264,7 @@ def recommend(
     table = Table("", "before", "after")
     for rank, (old, new) in enumerate(zip(before, after, strict=True), 1):
         table.add_row(str(rank), titles[old], titles[new], style=None if old == new else "bold")
-    for edit in plan.edits:
+    for _, edit in plan.feature_edits:
         console.print(f"feature #{edit.feature}: {edit.op} {edit.value:+.3g}")
     console.print(table)
 

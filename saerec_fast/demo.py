@@ -184,7 +184,7 @@ def _examples(run: Run) -> list[RecommendationExample]:
 
         examples.append(
             RecommendationExample(
-                f"{attribute}: feature {plan.edits[0].feature}, plus twice a strong activation",
+                f"{attribute}: feature {plan.feature_edits[0][1].feature}, plus twice a strong activation",
                 [table.titles[item] for item in history[-8:]],
                 listed(before),
                 listed(after),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saerec_fast.backend import available_backends
+from saerec_fast.types.plan import OPS
 
 _library = torch.library.Library("saerec_fast", "DEF")
 
@@ -373,8 +374,8 @@ def _steer_differentiable(
     return steered.clone() if steered is x else steered
 
 
-# Codes of the edit ops, shared with csrc/include/saerec/steer.h.
-EDIT_CODES = {"set": 0, "add": 1, "scale": 2, "clamp_min": 3, "clamp_max": 4}
+EDIT_CODES = {op: code for code, op in enumerate(OPS)}
+# In the order of OPS.
 _EDITS = (
     lambda activation, value: value,
     lambda activation, value: activation + value,

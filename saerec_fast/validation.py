@@ -132,12 +132,14 @@ def check_exclude_values(exclude: Ragged | None, n: int) -> None:
             raise ValueError(f"exclude: expected ids from 0 to {n - 1}, got {int(low)} to {int(high)}")
 
 
-def check_plan(plan: SteeringPlan, n: int) -> None:
+def check_plan(plan: SteeringPlan, n: int, d: int) -> None:
+    """``plan`` must fit a dictionary of ``n`` features of hidden states of width ``d``."""
     if not isinstance(plan, SteeringPlan):
         raise TypeError(f"plan: expected a SteeringPlan, got {type(plan).__name__}")
-    for edit in plan.edits:
-        if edit.feature >= n:
-            raise ValueError(f"plan: feature ids go from 0 to {n - 1}, got {edit.feature}")
+    if plan.largest_feature >= n:
+        raise ValueError(f"plan: feature ids go from 0 to {n - 1}, got {plan.largest_feature}")
+    if plan.direction_width not in (None, d):
+        raise ValueError(f"plan: expected directions of width {d} (d_model), got {plan.direction_width}")
 
 
 def check_strengths(strengths: Tensor | None, plan: SteeringPlan, batch_shape: torch.Size, x: Tensor) -> None:

@@ -6,6 +6,7 @@ with any strides; all tensors of a call but thresholds, edit values and offsets 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saerec_fast import _C
+from saerec_fast.types.plan import OPS, Edit, SteeringPlan
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INDEX_TYPE = {torch.int32: 0, torch.int64: 1}
@@ -345,19 +347,8 @@ class BoundReconstruct:
         k: int,
         packed: Tensor | None,
     ) -> None:
-        W_enc = _unit_columns(W_enc)
-        threshold = None if threshold is None else _float_vector(threshold)
-        self._kept = W_enc, b_enc, b_dec, W_dec, threshold, packed
-        self._run = _C.BoundReconstruct(
-            _DTYPE[W_enc.dtype],
-            _matrix(W_enc),
-            _vector(b_enc),
-            _vector(b_dec),
-            _matrix(W_dec),
-            k,
-            None if threshold is None else _vector(threshold),
-            _packed(packed),
-        ).run
+        self._kept, arguments = _autoencoder(W_enc, b_enc, b_dec, W_dec, threshold, k, packed)
+        self._run = _C.BoundReconstruct(*arguments).run
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x (..., d)`` on the CPU in the dtype of the weights."""
@@ -368,6 +359,88 @@ class BoundReconstruct:
         out = torch.empty_like(x) if columns == 1 and rows == x.shape[1] else torch.empty(x.shape, dtype=x.dtype)
         self._run(x.data_ptr(), x.shape[0], rows, columns, out.data_ptr(), torch.get_num_threads())
         return out
+
+
+def steer_program(plan: SteeringPlan) -> _C.SteerProgram:
+    """The plan as the kernel reads it, made once and kept with the plan. A mask of positions is not part of it."""
+    program: _C.SteerProgram | None = plan.__dict__.get("_program")
+    if program is None:
+        directions = plan.directions
+        places = {j: -1 - i for i, (j, _) in enumerate(directions)}
+        features = [edit.feature if isinstance(edit, Edit) else places[j] for j, edit in enumerate(plan.edits)]
+        codes = [OPS.index(edit.op if isinstance(edit, Edit) else "add") for edit in plan.edits]
+        program = _C.SteerProgram(
+            features,
+            codes,
+            list(plan.values),
+            plan.mode == "reconstruct",
+            int(isinstance(plan.positions, str) and plan.positions == "last"),
+            math.inf if plan.max_relative_norm is None else plan.max_relative_norm,
+            plan.on_excess == "clip",
+            [number for _, direction in directions for number in direction.vector.tolist()],
+        )
+        plan.__dict__["_program"] = program
+    return program
+
+
+class BoundSteer:
+    """:func:`steer` with the weights fixed, for whole plans: directions, limits, and a plan for every sequence.
+
+    Keeps the tensors alive; they must not be replaced or written to while it is in use.
+    """
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None,
+        W_dec: Tensor,
+        threshold: Tensor | None,
+        k: int,
+        packed: Tensor | None,
+    ) -> None:
+        self._kept, arguments = _autoencoder(W_enc, b_enc, b_dec, W_dec, threshold, k, packed)
+        bound = _C.BoundSteer(*arguments)
+        self._run, self._run_each = bound.run, bound.run_each
+
+    def __call__(
+        self,
+        x: Tensor,
+        plan: SteeringPlan | Sequence[SteeringPlan | None],
+        values: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, float]:
+        """Steered hidden states, and the largest relative change of a row before clipping (0 without a limit).
+
+        Args:
+            x: ``(B, length, d)``, or ``(B, d)`` for sequences of one row, on the CPU in the dtype of the weights.
+            plan: for all sequences, or one (or ``None``) for each. Masks of positions belong in ``valid``.
+            values: replace those of the one plan: float32 ``(m,)`` or ``(B, m)``, contiguous.
+            valid: bool with the leading shape of x, the rows that may change.
+        """
+        shape, strides = x.shape, x.stride()
+        length, rows, row_stride = 1, shape[0], strides[0]
+        if len(shape) == 3:
+            length, row_stride = shape[1], strides[1]
+            rows *= length
+            if strides[0] != length * row_stride:
+                x = x.contiguous()
+                row_stride, strides = shape[2], x.stride()
+        whole = strides[-1] == 1 and row_stride == shape[-1]
+        out = torch.empty_like(x) if whole else torch.empty(shape, dtype=x.dtype)
+        if valid is not None and not valid.is_contiguous():
+            valid = valid.contiguous()
+        mask = 0 if valid is None else valid.data_ptr()
+        place = x.data_ptr(), rows, row_stride, strides[-1], length, out.data_ptr()
+        if isinstance(plan, SteeringPlan):
+            data, stride = (
+                (0, 0) if values is None else (values.data_ptr(), values.shape[1] if values.dim() == 2 else 0)
+            )
+            relative = self._run(*place, steer_program(plan), data, stride, mask, torch.get_num_threads())
+        else:
+            programs = [None if one is None else steer_program(one) for one in plan]
+            relative = self._run_each(*place, programs, mask, torch.get_num_threads())
+        return out, relative
 
 
 def steer(
@@ -413,6 +486,30 @@ def steer(
         torch.get_num_threads(),
     )
     return out
+
+
+def _autoencoder(
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    k: int,
+    packed: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The tensors whose addresses a bound call holds, and the arguments that name them."""
+    W_enc = _unit_columns(W_enc)
+    threshold = None if threshold is None else _float_vector(threshold)
+    return (W_enc, b_enc, b_dec, W_dec, threshold, packed), (
+        _DTYPE[W_enc.dtype],
+        _matrix(W_enc),
+        _vector(b_enc),
+        _vector(b_dec),
+        _matrix(W_dec),
+        k,
+        None if threshold is None else _vector(threshold),
+        _packed(packed),
+    )
 
 
 def _unit_columns(matrix: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Notation: ``x (..., d)`` hidden states, ``W_enc (n, d)``, ``b_enc (n)``, ``W_dec
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -146,29 +148,86 @@ def steer(
     a = activate(pre_activations(x, W_enc, b_enc, b_dec), activation)
     values = x.new_tensor(plan.values) if strengths is None else strengths.to(x.dtype)
     edited = a
-    for j, edit in enumerate(plan.edits):
+    for j, edit in plan.feature_edits:
         column = apply_edit(edited[..., edit.feature], edit, values[..., j])
         index = torch.tensor([edit.feature], device=x.device)
         edited = edited.index_copy(-1, index, column.unsqueeze(-1))
     if plan.mode == "delta":
-        changed = sorted({edit.feature for edit in plan.edits})
+        change = x.new_zeros(())
+        changed = sorted({edit.feature for _, edit in plan.feature_edits})
         columns = []
         for feature in changed:
-            own = [j for j, edit in enumerate(plan.edits) if edit.feature == feature]
-            if all(plan.edits[j].op == "add" for j in own):
+            own = [(j, edit) for j, edit in plan.feature_edits if edit.feature == feature]
+            if all(edit.op == "add" for _, edit in own):
                 # a cancels, also where it is infinite or NaN.
-                columns.append(values[..., own].sum(-1).expand(x.shape[:-1]))
+                columns.append(values[..., [j for j, _ in own]].sum(-1).expand(x.shape[:-1]))
             else:
                 columns.append(edited[..., feature] - a[..., feature])
-        changes = torch.stack(columns, -1)
-        # x - (0.0), where x + 0.0 would turn -0.0 into 0.0: rows that nothing changes keep their bits, and still have a
-        # gradient with respect to the strengths.
-        steered = x - (-changes @ W_dec[changed] + 0.0)
+        if changed:
+            change = torch.stack(columns, -1) @ W_dec[changed]
+        if plan.directions:
+            change = change + along_directions(plan, values)
+        steered = add_change(x, change)
     else:
         steered = edited @ W_dec
         steered = steered if b_dec is None else steered + b_dec
+        if plan.directions:
+            steered = steered + along_directions(plan, values)
     mask = steered_positions(plan, x.shape[:-1], valid, x.device)
-    return steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+    steered = steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+    return limit_change(x, steered, plan)
+
+
+def along_directions(plan: SteeringPlan, values: Tensor) -> Tensor:
+    """What the plan's directions add, ``(..., d)``, for the values ``(..., m)`` of all its edits."""
+    places = [j for j, _ in plan.directions]
+    vectors = torch.stack([direction.vector for _, direction in plan.directions]).to(values)
+    return values[..., places] @ vectors
+
+
+def add_change(x: Tensor, change: Tensor) -> Tensor:
+    """``x + change``, where a change of zero keeps the bits of ``x``: x + 0.0 would turn -0.0 into 0.0."""
+    return x - (-change + 0.0)
+
+
+def limit_change(x: Tensor, steered: Tensor, plan: SteeringPlan) -> Tensor:
+    """``steered`` with changes of more than ``plan.max_relative_norm · ‖x‖`` dealt with as the plan says.
+
+    Raises:
+        ValueError: the plan rejects such a change.
+    """
+    limit = plan.max_relative_norm
+    if limit is None:
+        return steered
+    change = (steered - x).to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(x.to(change.dtype), dim=-1, keepdim=True)
+    # Not 0 / 0 where a row of zeros stays as it is.
+    relative = torch.linalg.vector_norm(change, dim=-1, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    if plan.on_excess != "clip":
+        if torch.compiler.is_compiling():
+            raise ValueError(f"on_excess: {plan.on_excess!r} has to look at values; compiled code takes 'clip' only")
+        # What is not a number is not compared.
+        report_excess(float(relative.detach().nan_to_num(0.0).amax()) if x.numel() else 0.0, plan)
+        return steered
+    clipped = x + (change * (limit / relative)).to(x.dtype)
+    return torch.where(relative > limit, clipped, steered)
+
+
+def report_excess(relative: float, plan: SteeringPlan) -> None:
+    """Warn of, or reject, a largest relative change above the plan's limit, unless the plan clips it.
+
+    Raises:
+        ValueError: the plan rejects such a change.
+    """
+    if plan.max_relative_norm is None or plan.on_excess == "clip" or not relative > plan.max_relative_norm:
+        return
+    message = (
+        f"plan: changes a hidden state by {relative:.3g} times its norm, more than max_relative_norm "
+        f"{plan.max_relative_norm:g}"
+    )
+    if plan.on_excess == "reject":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def apply_edit(a: Tensor, edit: Edit, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saerec_fast.api import (
     bind_reconstruct,
+    bind_steer,
     decode_sparse,
     encode_features,
     encode_threshold,
@@ -26,6 +27,7 @@ from saerec_fast.api import (
 )
 from saerec_fast.backend import KERNEL_DTYPES, choose
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
+from saerec_fast.reference import report_excess
 from saerec_fast.sae.activation_store import ActivationStore
 from saerec_fast.training_ops import largest_entries
 from saerec_fast.types import (
@@ -39,7 +41,7 @@ from saerec_fast.types import (
     TopK,
     inference_threshold,
 )
-from saerec_fast.validation import check_features
+from saerec_fast.validation import check_features, check_plan
 
 _FORMAT = "saerec_fast.sae"
 _VERSION = 1
@@ -70,11 +72,12 @@ class FoldedWeights(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A forward pass with its arguments fixed. The tensors are kept: no new one may get the address of an old one."""
+    """Kernels with the weights fixed. The tensors are kept: no new one may get the address of an old one."""
 
     key: tuple[Any, ...]
     tensors: list[Tensor]
-    run: Callable[[Tensor], Tensor] | None
+    reconstruct: Callable[[Tensor], Tensor]
+    steer: Callable[..., tuple[Tensor, float]]
 
 
 class SparseAutoencoder(nn.Module):
@@ -297,30 +300,45 @@ class SparseAutoencoder(nn.Module):
         self._check_width(x)
         # A subclass may be a stand-in without memory, as compilers pass.
         if type(x) is Tensor and not torch.compiler.is_compiling():
-            run = self._bound_reconstruct(x.dtype)
-            if run is not None and x.is_cpu:
-                return run(x)
+            bound = self._bound_kernels(x.dtype)
+            if bound is not None and x.is_cpu:
+                return bound.reconstruct(x)
         weights = self.folded_weights()
         return reconstruct(x, weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, self._inference_activation())
 
     def steer(
-        self, x: Tensor, plan: SteeringPlan, strengths: Tensor | None = None, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        plan: SteeringPlan | Sequence[SteeringPlan | None],
+        strengths: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Hidden states with the plan's edits made to their features; a new tensor in the shape and units of ``x``.
 
         Args:
             x: ``(..., d_model)``; for positions ``"last"``, ``(..., length, d_model)``.
-            plan: the edits, in units of the (normalised) activations.
-            strengths: ``(m,)`` or ``(..., m)``, replacing the values of the plan's ``m`` edits.
+            plan: the edits, in units of the (normalised) activations. Or one plan for each entry of the first dimension
+                of ``x``, ``None`` for those that stay as they are; a mask of positions then has the shape
+                ``x.shape[1:-1]``.
+            strengths: ``(m,)`` or ``(..., m)``, replacing the values of the one plan's ``m`` edits.
             valid: bool, the leading shape of ``x``; rows that are not valid come back unchanged.
 
         Raises:
-            ValueError: another width, a feature id ≥ ``n_features``, or a mask of another shape.
+            ValueError: another width, a feature id ≥ ``n_features``, a mask of another shape, another number of plans,
+                strengths for more than one plan, or a change that a plan rejects.
+            TypeError: an argument of the wrong type.
         """
         self._check_width(x)
-        for edit in plan.edits:
-            if edit.feature >= self.n_features:
-                raise ValueError(f"plan: expected feature ids < {self.n_features} (n_features), got {edit.feature}")
+        plans = None if isinstance(plan, SteeringPlan) else self._plans_of(x, plan, strengths)
+        for one in (plan,) if plans is None else plans:
+            if one is not None:
+                check_plan(cast(SteeringPlan, one), self.n_features, self.d_model)
+        steered = self._steer_bound(x, plan, strengths, valid)
+        if steered is not None:
+            return steered
+        if plans is not None:
+            return self._steer_each(x, plans, valid)
+        assert isinstance(plan, SteeringPlan)
         weights = self.folded_weights()
         return steer(
             x,
@@ -334,6 +352,80 @@ class SparseAutoencoder(nn.Module):
             valid=valid,
             packed=self._packed_weights(weights),
         )
+
+    def _plans_of(self, x: Tensor, plans: Any, strengths: Tensor | None) -> Sequence[SteeringPlan | None]:
+        if not isinstance(plans, (list, tuple)):
+            raise TypeError(f"plan: expected a SteeringPlan or a list of them, got {type(plans).__name__}")
+        if x.dim() < 2 or len(plans) != x.shape[0]:
+            raise ValueError(f"plan: expected a plan or None for each of {tuple(x.shape[:1])}, got {len(plans)}")
+        if strengths is not None:
+            raise ValueError("strengths: belong to one plan; plans of their own have their own values")
+        return plans
+
+    def _steer_bound(
+        self,
+        x: Tensor,
+        plan: SteeringPlan | Sequence[SteeringPlan | None],
+        strengths: Tensor | None,
+        valid: Tensor | None,
+    ) -> Tensor | None:
+        """:meth:`steer` in one kernel call, or ``None`` where it does not do all of what is asked for."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or self.training:
+            return None
+        if x.dim() not in (2, 3) or (torch.is_grad_enabled() and (x.requires_grad or self._needs_grad())):
+            return None
+        if valid is not None and not _is_mask(valid, x):
+            return None
+        if isinstance(plan, SteeringPlan):
+            positions = plan.positions
+            if isinstance(positions, Tensor):
+                if not _is_mask(positions, x):
+                    return None
+                valid = positions if valid is None else positions & valid
+            elif positions == "last" and x.dim() == 2:
+                return None
+            if strengths is not None:
+                shape = tuple(strengths.shape)
+                if shape == (*[x.shape[0], 1][: x.dim() - 1], len(plan.edits)):
+                    strengths = strengths.reshape(x.shape[0], len(plan.edits))
+                elif shape != (len(plan.edits),):
+                    return None
+                if strengths.dtype != torch.float32 or not strengths.is_cpu or not strengths.is_contiguous():
+                    return None
+                if strengths.requires_grad and torch.is_grad_enabled():
+                    return None
+        elif any(one is not None and not _is_simple(one, x) for one in plan):
+            return None
+        bound = self._bound_kernels(x.dtype)
+        if bound is None:
+            return None
+        steered, relative = bound.steer(x, plan, strengths, valid)
+        if relative and isinstance(plan, SteeringPlan):
+            report_excess(relative, plan)
+        return steered
+
+    def _steer_each(self, x: Tensor, plans: Sequence[SteeringPlan | None], valid: Tensor | None) -> Tensor:
+        """:meth:`steer` plan by plan."""
+        rows_of: dict[int, list[int]] = {}
+        for row, plan in enumerate(plans):
+            if plan is not None:
+                rows_of.setdefault(id(plan), []).append(row)
+        steered = x.clone()
+        for rows in rows_of.values():
+            plan = plans[rows[0]]
+            assert plan is not None
+            index = torch.tensor(rows, device=x.device)
+            part = x.index_select(0, index)
+            if isinstance(plan.positions, Tensor):
+                if plan.positions.shape != x.shape[1:-1]:
+                    raise ValueError(
+                        f"positions: expected a mask of shape {tuple(x.shape[1:-1])} in a plan of one sequence, "
+                        f"got {tuple(plan.positions.shape)}"
+                    )
+                plan = plan.at_positions(plan.positions.expand(part.shape[:-1]))
+            own_valid = None if valid is None else valid.index_select(0, index)
+            steered = steered.index_copy(0, index, self.steer(part, plan, valid=own_valid))
+        return steered
 
     def folded_weights(self) -> FoldedWeights:
         """The weights to give to the ops: ``W_enc / std``, ``b_enc``, ``std · b_dec + mean``, ``std · W_dec``.
@@ -498,8 +590,8 @@ class SparseAutoencoder(nn.Module):
             self._packed = key, packed, _aliases(weights.W_enc, weights.b_enc)
         return self._packed[1]
 
-    def _bound_reconstruct(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        """The whole forward pass with its arguments checked and fixed, or ``None`` where no kernel can run it."""
+    def _bound_kernels(self, dtype: torch.dtype) -> _Bound | None:
+        """The kernels of evaluation mode with the weights checked and fixed, or ``None`` where none can run."""
         # Straight from the dictionaries: module attributes cost more than all the rest of a call.
         parameters, buffers = cast(dict[str, Tensor], self._parameters), cast(dict[str, Tensor], self._buffers)
         try:
@@ -527,16 +619,27 @@ class SparseAutoencoder(nn.Module):
         except (RuntimeError, KeyError):
             # Tensors made under inference_mode do not count their versions; a parametrized weight is computed anew.
             return None
-        if self._bound is not None and self._bound.key == key:
-            return self._bound.run
-        run = None
+        bound = self._bound
+        if bound is not None and bound.key == key:
+            return bound
+        bound = None
         if W_enc.device.type == "cpu" and W_enc.dtype in KERNEL_DTYPES:
             weights = self.folded_weights()
-            activation = self._inference_activation()
-            packed = self._packed_weights(weights)
-            run = bind_reconstruct(weights.W_enc, weights.b_enc, weights.b_dec, weights.W_dec, activation, packed)
-        self._bound = _Bound(key, _aliases(W_enc, b_enc, W_dec, b_dec, threshold, mean, std), run)
-        return run
+            arguments = (
+                weights.W_enc,
+                weights.b_enc,
+                weights.b_dec,
+                weights.W_dec,
+                self._inference_activation(),
+                self._packed_weights(weights),
+            )
+            run, steer_rows = bind_reconstruct(*arguments), bind_steer(*arguments)
+            if run is not None and steer_rows is not None:
+                kept = _aliases(W_enc, b_enc, W_dec, b_dec, threshold, mean, std)
+                bound = _Bound(key, kept, run, steer_rows)
+        # Another thread may do the same meanwhile.
+        self._bound = bound
+        return bound
 
     def _refresh_normalization(self) -> None:
         if self.mean.is_meta:
@@ -571,6 +674,18 @@ class SparseAutoencoder(nn.Module):
     def _check_width(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (..., {self.d_model}) (d_model), got {tuple(x.shape)}")
+
+
+def _is_mask(mask: Tensor, x: Tensor) -> bool:
+    """Whether this is a mask of rows of ``x`` as the kernel reads one."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.is_cpu and mask.shape == x.shape[:-1]
+
+
+def _is_simple(plan: SteeringPlan, x: Tensor) -> bool:
+    """Whether the kernel can take this plan among others."""
+    if isinstance(plan.positions, Tensor) or (plan.positions == "last" and x.dim() == 2):
+        return False
+    return plan.max_relative_norm is None or plan.on_excess == "clip"
 
 
 def activation_to_dict(activation: Activation) -> dict[str, Any]:

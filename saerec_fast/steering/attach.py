@@ -7,7 +7,8 @@ import gc
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saerec_fast.sae import SparseAutoencoder
-from saerec_fast.types import SteeringPlan, inference_threshold
+from saerec_fast.types import Edit, SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
 
 Valid = Callable[..., Tensor]
 Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
-# Per thread, the masks of the forward passes it is in, as pairs (key of the handle, mask), outermost first. A tuple
-# that is replaced rather than changed, in a plain threading.local: torch.compile loses what is stored in a subclass.
+# Per thread, what is going on for the handles in it, as pairs outermost first: the masks of the forward passes (key of
+# the handle, mask), and the plans of requests (key, plans). Tuples that are replaced rather than changed, in a plain
+# threading.local: torch.compile loses what is stored in a subclass.
 _running = threading.local()
 _keys = itertools.count()
 
@@ -37,8 +39,8 @@ _COMPILED = (
 class SteeringHandle:
     """A plan that acts in a model, made by :func:`attach`; a context manager that detaches when its block ends.
 
-    Handles on the same module act in the order they were attached. Forward passes may run in several threads at once;
-    call :meth:`update` and :meth:`detach` between them.
+    Handles on the same module act in the order they were attached. Forward passes may run in several threads at once,
+    each with plans of its own (:meth:`request`); call :meth:`update` and :meth:`detach` between them.
     """
 
     _plan: SteeringPlan
@@ -64,7 +66,7 @@ class SteeringHandle:
         self._attached = True
         self._bind(plan, strengths)
         # Compiled code would have to be compiled again for the second call, in which the attribute is there.
-        _running.masks = _masks()
+        _running.masks, _running.requests = _masks(), _requests()
         self._hooks: list[RemovableHandle] = []
         if valid is not None:
             self._hooks.append(model.register_forward_pre_hook(self._enter_call, with_kwargs=True))
@@ -114,7 +116,7 @@ class SteeringHandle:
                 raise ValueError("update: expected a plan, strengths or both, got neither")
             self._write_strengths(_check_strengths(strengths, self._sae, len(self._plan.edits)))
             return
-        check_plan(plan, self._sae.n_features)
+        check_plan(plan, self._sae.n_features, self._sae.d_model)
         if _structure(plan) != _structure(self._traced_plan):
             self._bind(plan, strengths)
             return
@@ -123,6 +125,39 @@ class SteeringHandle:
             assert isinstance(self._traced_plan.positions, Tensor)
             self._traced_plan.positions.copy_(plan.positions)
         self._plan = plan
+
+    @contextmanager
+    def request(self, plan: SteeringPlan | Sequence[SteeringPlan | None]) -> Iterator[None]:
+        """Forward passes in this block, in this thread, follow another plan than the handle's::
+
+            with handle.request([plan_of_first_user, None, plan_of_third_user]):
+                model(tokens)
+
+        Other threads do not see it, and nothing of it is left behind. Requests nest: the innermost counts. Code
+        compiled with ``torch.compile`` is compiled once for every structure of plans it meets.
+
+        Args:
+            plan: for the whole batch, or one for each of its rows, ``None`` for rows that are not steered. A mask of
+                positions in a plan of one row has the shape of that row's positions.
+
+        Raises:
+            RuntimeError: already detached.
+            ValueError, TypeError: as :func:`attach`. The forward pass raises ``ValueError`` where the batch has
+                another number of rows than there are plans.
+        """
+        self._check_attached()
+        plans: Sequence[SteeringPlan | None] = (plan,) if isinstance(plan, SteeringPlan) else plan
+        if not isinstance(plans, (list, tuple)):
+            raise TypeError(f"plan: expected a SteeringPlan or a list of them, got {type(plans).__name__}")
+        for one in plans:
+            if one is not None:
+                check_plan(one, self._sae.n_features, self._sae.d_model)
+        before = _requests()
+        _running.requests = (*before, (self._key, plan))
+        try:
+            yield
+        finally:
+            _running.requests = before
 
     def detach(self) -> None:
         """Take the plan out of the model; doing so again does nothing."""
@@ -159,7 +194,7 @@ class SteeringHandle:
         self._plan = plan
         # The hook reads structure and mask from a plan of its own, which stays the same object while only values
         # change: compiled code then has nothing new to look at.
-        self._traced_plan = SteeringPlan(plan.edits, mode=plan.mode, positions=positions)
+        self._traced_plan = plan.at_positions(positions)
         self._adopt(checked)
 
     def _adopt(self, strengths: Tensor) -> None:
@@ -231,14 +266,21 @@ class SteeringHandle:
             raise ValueError(
                 f"site: {self._site!r} returned shape {tuple(x.shape)}, expected (..., {sae.d_model}) for this SAE"
             )
+        requested = next((plans for key, plans in reversed(_requests()) if key == self._key), None)
+        if requested is None:
+            own_values = True
+        elif isinstance(requested, SteeringPlan):
+            own_values, plan = False, requested
+        else:
+            for one in requested:
+                self._check_positions(x, one)
+            return sae.steer(x, requested, valid=None if self._valid is None else self._mask_of_call(x))
         if plan.mode == "delta" and not plan.edits:
             return x.clone()
-        if isinstance(plan.positions, str) and plan.positions == "last" and x.dim() < 3:
-            raise ValueError(
-                f"positions: 'last' needs hidden states (B, L, d), but {self._site!r} returned {tuple(x.shape)}; "
-                "give a bool mask over its rows, or 'all'"
-            )
+        self._check_positions(x, plan)
         valid = None if self._valid is None else self._mask_of_call(x)
+        if not own_values:
+            return sae.steer(x, plan, valid=valid)
         strengths = self._strengths.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         if strengths.dim() == 2:
             if strengths.shape[0] != x.shape[0]:
@@ -248,6 +290,13 @@ class SteeringHandle:
                 )
             strengths = strengths.reshape(x.shape[0], *[1] * (x.dim() - 2), len(plan.edits))
         return sae.steer(x, plan, strengths=strengths, valid=valid)
+
+    def _check_positions(self, x: Tensor, plan: SteeringPlan | None) -> None:
+        if plan is not None and x.dim() < 3 and isinstance(plan.positions, str) and plan.positions == "last":
+            raise ValueError(
+                f"positions: 'last' needs hidden states (B, L, d), but {self._site!r} returned {tuple(x.shape)}; "
+                "give a bool mask over its rows, or 'all'"
+            )
 
 
 def attach(
@@ -310,13 +359,17 @@ def attach(
         raise ValueError(_COMPILED)
     path, module = _resolve(model, site)
     _check_not_compiled(model, module)
-    check_plan(plan, sae.n_features)
+    check_plan(plan, sae.n_features, sae.d_model)
     inference_threshold(sae.activation)
     return SteeringHandle(model, path, module, sae, plan, valid, strengths)
 
 
 def _masks() -> tuple[tuple[int, Tensor], ...]:
     return getattr(_running, "masks", ())
+
+
+def _requests() -> tuple[tuple[int, SteeringPlan | Sequence[SteeringPlan | None]], ...]:
+    return getattr(_running, "requests", ())
 
 
 def _resolve(model: nn.Module, site: str | nn.Module) -> tuple[str, nn.Module]:
@@ -416,7 +469,10 @@ def _check_strengths(strengths: Strengths, sae: SparseAutoencoder, n_edits: int)
 def _structure(plan: SteeringPlan) -> tuple[Any, ...]:
     """All of a plan that compiled code depends on."""
     positions = tuple(plan.positions.shape) if isinstance(plan.positions, Tensor) else plan.positions
-    return tuple((edit.feature, edit.op) for edit in plan.edits), plan.mode, positions
+    entries = tuple(
+        (edit.feature, edit.op) if isinstance(edit, Edit) else tuple(edit.vector.tolist()) for edit in plan.edits
+    )
+    return entries, plan.mode, positions, plan.max_relative_norm, plan.on_excess
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

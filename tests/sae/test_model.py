@@ -252,7 +252,7 @@ def test_wrong_arguments_are_refused():
     for call in (sae, sae.encode, lambda x: sae.steer(x, SteeringPlan())):
         with pytest.raises(ValueError, match=rf"x: expected shape \(\.\.\., {D_MODEL}\).*got \(2, 8\)"):
             call(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="feature ids < 41"):
+    with pytest.raises(ValueError, match="feature ids go from 0 to 40, got 41"):
         sae.steer(hidden_states(2), plan)
     other = SparseFeatures(
         torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0), 5, (0,)
