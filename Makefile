@@ -122,3 +122,9 @@ wheel: setup
 clean:
 	rm -rf $(VENV) .venv-* $(BENCH_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find saerec_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Conversions against the libraries that the benchmarks compare with, in the same environment. A library that could not be
+# installed fails its tests.
+.PHONY: test-integrations
+test-integrations: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -m pytest tests/integrations $(ARGS)
