@@ -390,6 +390,7 @@ def _to_sparsify(weights: _Weights, activation: Activation) -> tuple[dict[str, A
     return config, _of_one_dtype(tensors)
 
 
+# The state dicts of dictionary_learning's classes.
 _LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
 _MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
 _DICTIONARY_KEYS: dict[str, set[str]] = {
@@ -406,6 +407,9 @@ _DICTIONARY_KEYS: dict[str, set[str]] = {
 def _read_dictionary_learning(path: Path) -> _Checkpoint:
     weights_path = path if path.is_file() else _files(path, "dictionary_learning")[0]
     config_path = weights_path.with_name("config.json")
+    if weights_path.parent.name == "checkpoints" and not config_path.is_file():
+        # Training leaves them in a folder below that of the configuration.
+        config_path = weights_path.parent.with_name("config.json")
     trainer: dict[str, Any] = {}
     if config_path.is_file():
         data = _Config(config_path).data.get("trainer")
@@ -486,8 +490,8 @@ def _dictionary_class(config: _Config, weights_path: Path, names: set[str]) -> s
         raise ValueError(f"{weights_path}: expected the tensors of one of {known}; got {sorted(names)}")
     if len(candidates) > 1:
         raise ValueError(
-            f"{weights_path}: {' and '.join(candidates)} have the same tensors; expected {config.path.name} beside it "
-            'with {"trainer": {"dict_class": …}}'
+            f"{weights_path}: {' and '.join(candidates)} have the same tensors; expected {config.path.name} with it, "
+            'holding {"trainer": {"dict_class": …}}'
         )
     return candidates[0]
 
@@ -528,10 +532,13 @@ def _to_dictionary_learning(weights: _Weights, activation: Activation) -> tuple[
         case TopK(k=k):
             trainer |= {"dict_class": "AutoEncoderTopK", "k": k}
             # Below 0: none was estimated.
-            tensors |= {"b_dec": weights.b_dec, "threshold": torch.tensor(-1.0)}
+            tensors |= {"b_dec": weights.b_dec, "threshold": torch.tensor(-1.0, dtype=torch.float32)}
         case BatchTopK(k=k):
             trainer |= {"dict_class": "BatchTopKSAE", "k": k}
-            tensors |= {"b_dec": weights.b_dec, "threshold": torch.tensor(_batch_threshold(activation))}
+            tensors |= {
+                "b_dec": weights.b_dec,
+                "threshold": torch.tensor(_batch_threshold(activation), dtype=torch.float32),
+            }
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if "k" in trainer:
         tensors["k"] = torch.tensor(trainer["k"], dtype=torch.int32)
@@ -614,7 +621,10 @@ def _plain_weights(sae: SparseAutoencoder) -> _Weights:
 def _of_one_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The widest type among them for all; both libraries keep one."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    # Copies, as no file may hold the same memory twice, which tied weights would.
+    return {
+        name: tensor.to(dtype, copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def _build(checkpoint: _Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> SparseAutoencoder:

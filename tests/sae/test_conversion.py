@@ -311,6 +311,17 @@ def test_a_batch_topk_selects_over_the_batch_in_training(tmp_path: Path) -> None
     torch.testing.assert_close(a, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_topk_rescales_unless_told_otherwise(tmp_path: Path) -> None:
+    """SAELens' default of the option is another one for batchtopk than for topk."""
+    write_saelens(tmp_path, "batchtopk", rescale_acts_by_decoder_norm=True)
+    x = hidden_states()
+    expected = saelens_formula(tmp_path, x.double())
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    del config["rescale_acts_by_decoder_norm"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert_same(load_sae(tmp_path), x, expected)
+
+
 @pytest.mark.parametrize("format", ["saelens", "dictionary_learning"])
 def test_a_score_at_the_threshold_is_inactive(format: str, tmp_path: Path) -> None:
     """Small integers, so that every sum is exact, with and without folding."""
@@ -354,6 +365,22 @@ def test_a_file_without_a_class_is_told_by_its_tensors(tmp_path: Path) -> None:
         (tmp_path / kind / "config.json").unlink()
         with pytest.raises(ValueError, match=r"ae\.pt: AutoEncoderTopK and BatchTopKSAE .* config\.json .*dict_class"):
             load_sae(tmp_path / kind)
+
+
+def test_a_file_of_training_takes_the_config_above_it(tmp_path: Path) -> None:
+    write_dictionary_learning(tmp_path, "BatchTopKSAE")
+    x = hidden_states()
+    expected = dictionary_learning_formula(tmp_path, x.double())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "ae.pt").rename(tmp_path / "checkpoints" / "ae_100.pt")
+    assert_same(load_sae(tmp_path / "checkpoints" / "ae_100.pt"), x, expected)
+
+
+def test_folding_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dictionary_learning(tmp_path, "AutoEncoderNew")
+    whole = load_sae(tmp_path).b_enc
+    monkeypatch.setattr("saerec_fast.sae.conversion._ROWS_AT_ONCE", 5)
+    torch.testing.assert_close(load_sae(tmp_path).b_enc, whole, rtol=0, atol=0)
 
 
 def test_a_topk_autoencoder_of_before_thresholds(tmp_path: Path) -> None:
@@ -447,6 +474,16 @@ def test_sixteen_bits_are_written_in_float32_where_values_have_to_be_combined(tm
     }
     assert found == {"plain": {torch.bfloat16}, "folded": {torch.float32}, "threshold": {torch.float32}}
     assert json.loads((tmp_path / "plain" / "cfg.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("format", FOREIGN)
+def test_tied_weights_are_written_twice(format: str, tmp_path: Path) -> None:
+    sae = make("topk")
+    sae.W_enc = sae.W_dec
+    save_sae(sae, tmp_path, format)
+    again = load_sae(tmp_path)
+    assert torch.equal(again.W_enc, sae.W_dec)
+    assert torch.equal(again.W_dec, sae.W_dec)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jump_relu", "batch_topk"])
