@@ -189,43 +189,25 @@ def save_sae(sae: SparseAutoencoder, path: str | os.PathLike[str], format: Check
         _write_pair(folder / config_name, config, folder / weights_name, tensors, write_tensors)
 
 
+_SAELENS_BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+_SAELENS_ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *_SAELENS_BATCH_TOPK)
+
+
 def _read_saelens(folder: Path, scaling_factor: float | None) -> _Checkpoint:
     config_path, weights_path = _files(folder, "saelens")
     config = _Config(config_path)
     before_6 = _saelens_major_version(config) < 6
     architecture = config.text("architecture", *(("standard",) if before_6 else ()))
-    if before_6 and "topk" in _old_activation(config):
+    named_k = _old_activation(config).get("topk") if before_6 else None
+    if named_k is not None:
         architecture = "topk"
-    known = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
-    if architecture not in known:
-        raise config.error("architecture", f"one of {', '.join(known)}", architecture)
-    d, n = config.size("d_in"), config.size("d_sae")
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
-    dtype_name = config.text("dtype").removeprefix("torch.")
-    if dtype_name not in dtypes:
-        raise config.error("dtype", f"one of {', '.join(dtypes)}", dtype_name)
-    scale = _saelens_scale(config, folder, scaling_factor)
+    if architecture not in _SAELENS_ARCHITECTURES:
+        raise config.error("architecture", f"one of {', '.join(_SAELENS_ARCHITECTURES)}", architecture)
     hook_name = config.data.get("hook_name", config.data.get("hook_point"))
     flattens = before_6 and isinstance(hook_name, str) and "hook_z" in hook_name
     config.expect("reshape_activations", "none", default="hook_z" if flattens else "none")
-
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
-    if architecture == "gated":
-        shapes |= {"b_gate": (n,), "b_mag": (n,), "r_mag": (n,)}
-    else:
-        shapes["b_enc"] = (n,)
-    if architecture == "jumprelu":
-        shapes["threshold"] = (n,)
-    trained = architecture in ("batchtopk", "matryoshka_batchtopk")
-    if trained:
-        shapes["topk_threshold"] = ()
-    tensors = _read_safetensors(weights_path)
-    # Old checkpoints carry a factor per feature; SAELens drops it where all are 1, and cannot load it otherwise.
-    factors = tensors.pop("scaling_factor", None)
-    if factors is not None and not (factors.is_floating_point() and torch.allclose(factors, torch.ones_like(factors))):
-        raise ValueError(f"{weights_path}: scaling_factor: expected ones, got other factors per feature")
-    _check_tensors(weights_path, tensors, shapes)
-    tensors = {name: tensor.to(dtypes[dtype_name]) for name, tensor in tensors.items()}
+    scale = _saelens_scale(config, folder, scaling_factor)
+    tensors = _saelens_tensors(config, weights_path, architecture)
 
     activation: Activation = ReLU()
     if architecture == "gated":
@@ -235,27 +217,47 @@ def _read_saelens(folder: Path, scaling_factor: float | None) -> _Checkpoint:
         activation = _jump_relu(threshold)
     else:
         W_enc, b_enc = tensors["W_enc"].T, tensors["b_enc"]
+    if architecture == "jumprelu":
+        activation = _jump_relu(tensors["threshold"])
     weights = _Weights(W_enc, b_enc, tensors["W_dec"], tensors["b_dec"])
     if scale is not None:
         weights = _scale_inputs(weights, scale)
     if not config.flag("apply_b_dec_to_input", True):
         weights = _center_encoder(weights)
-    if architecture == "jumprelu":
-        activation = _jump_relu(tensors["threshold"])
-    if architecture == "topk" or trained:
-        rescaled = config.flag("rescale_acts_by_decoder_norm", trained)
+    if architecture == "topk" or architecture in _SAELENS_BATCH_TOPK:
+        rescaled = config.flag("rescale_acts_by_decoder_norm", architecture != "topk")
         if rescaled:
             weights = _normalize_decoder(weights, weights_path)
-        named = _old_activation(config).get("topk") if before_6 else None
-        k = config.whole("k", config.data.get("k") if named is None else named)
-        if trained:
+        k = config.whole("k", config.data.get("k") if named_k is None else named_k)
+        activation = TopK(k)
+        if architecture != "topk":
             least = max(float(tensors["topk_threshold"]), 0.0)
             # In units of the rescaled scores, which the smaller decoder has made smaller.
             least = least / scale if rescaled and scale is not None else least
-            activation = config.checked(lambda: BatchTopK(k, least))
-        else:
-            activation = config.checked(lambda: TopK(k))
+            activation = BatchTopK(k, least)
     return _Checkpoint(config_path, weights_path, weights, activation)
+
+
+def _saelens_tensors(config: _Config, path: Path, architecture: str) -> dict[str, Tensor]:
+    d, n = config.size("d_in"), config.size("d_sae")
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+    dtype = config.text("dtype").removeprefix("torch.")
+    if dtype not in dtypes:
+        raise config.error("dtype", f"one of {', '.join(dtypes)}", dtype)
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
+    biases = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
+    shapes |= dict.fromkeys(biases, (n,))
+    if architecture == "jumprelu":
+        shapes["threshold"] = (n,)
+    if architecture in _SAELENS_BATCH_TOPK:
+        shapes["topk_threshold"] = ()
+    tensors = _read_safetensors(path)
+    # Old checkpoints carry a factor per feature; SAELens drops it where all are 1, and cannot load it otherwise.
+    factors = tensors.pop("scaling_factor", None)
+    if factors is not None and not (factors.is_floating_point() and torch.allclose(factors, torch.ones_like(factors))):
+        raise ValueError(f"{path}: scaling_factor: expected ones, got other factors per feature")
+    _check_tensors(path, tensors, shapes)
+    return {name: tensor.to(dtypes[dtype]) for name, tensor in tensors.items()}
 
 
 def _saelens_major_version(config: _Config) -> int:
@@ -362,7 +364,7 @@ def _read_sparsify(folder: Path) -> _Checkpoint:
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
         raise ValueError(f"{weights_path}: expected tensors of one type, got {sorted(map(str, dtypes))}")
     weights = _Weights(tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"])
-    return _Checkpoint(config_path, weights_path, weights, config.checked(lambda: TopK(k)))
+    return _Checkpoint(config_path, weights_path, weights, TopK(k))
 
 
 def _to_sparsify(weights: _Weights, activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -419,12 +421,24 @@ def _read_dictionary_learning(path: Path) -> _Checkpoint:
     config = _Config(config_path, trainer)
     tensors = _read_torch(weights_path)
     kind = _dictionary_class(config, weights_path, set(tensors))
-    by_column = "W_enc" in tensors
-    shape = _matrix_shape(weights_path, tensors, "W_enc" if by_column else "encoder.weight")
-    n, d = reversed(shape) if by_column else shape
     k = _dictionary_k(config, weights_path, tensors) if "k" in _DICTIONARY_KEYS[kind] else None
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in ("k", "group_sizes")}
-    wide: dict[str, tuple[int, ...]] = {
+    tensors = _checked_dictionary(weights_path, kind, tensors)
+    activation: Activation
+    weights, activation = _dictionary_weights(weights_path, kind, tensors)
+    if k is not None:
+        # Below 0 until training has estimated one; everything positive exceeds it.
+        activation = TopK(k) if kind == "AutoEncoderTopK" else BatchTopK(k, max(float(tensors["threshold"]), 0.0))
+    for name, value in zip(("dict_size", "activation_dim"), weights.W_enc.shape, strict=True):
+        config.expect(name, value, default=value)
+    return _Checkpoint(config_path if trainer else weights_path, weights_path, weights, activation)
+
+
+def _checked_dictionary(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point tensors, in the type that the library's modules have, whatever was saved."""
+    by_column = "W_enc" in tensors
+    shape = _matrix_shape(path, tensors, "W_enc" if by_column else "encoder.weight")
+    n, d = reversed(shape) if by_column else shape
+    shapes: dict[str, tuple[int, ...]] = {
         "encoder.weight": (n, d),
         "decoder.weight": (d, n),
         "W_enc": (d, n),
@@ -433,38 +447,32 @@ def _read_dictionary_learning(path: Path) -> _Checkpoint:
         **dict.fromkeys(("bias", "decoder.bias", "b_dec", "decoder_bias"), (d,)),
         **dict.fromkeys(("encoder.bias", "b_enc", "r_mag", "gate_bias", "mag_bias"), (n,)),
     }
-    _check_tensors(weights_path, tensors, {name: wide[name] for name in tensors})
-    for name, value in (("activation_dim", d), ("dict_size", n)):
-        config.expect(name, value, default=value)
-    # Its modules are of this type, whatever was saved.
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("k", "group_sizes")}
+    _check_tensors(path, kept, {name: shapes[name] for name in kept})
+    return {name: tensor.float() for name, tensor in kept.items()}
 
-    activation: Activation = ReLU()
+
+def _dictionary_weights(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> tuple[_Weights, ReLU | JumpReLU]:
+    """Weights, and the activation of the classes without a ``k``."""
     if kind == "GatedAutoEncoder":
         W_enc, b_enc, threshold = _gate_as_threshold(
             tensors["encoder.weight"], tensors["gate_bias"], tensors["r_mag"], tensors["mag_bias"]
         )
-        activation = _jump_relu(threshold)
-        weights = _Weights(W_enc, b_enc, tensors["decoder.weight"].T, tensors["decoder_bias"])
-    elif by_column:
+        return _Weights(W_enc, b_enc, tensors["decoder.weight"].T, tensors["decoder_bias"]), _jump_relu(threshold)
+    if "W_enc" in tensors:
         weights = _Weights(tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"])
     else:
         (b_dec,) = (tensors[name] for name in ("bias", "decoder.bias", "b_dec") if name in tensors)
         weights = _Weights(tensors["encoder.weight"], tensors["encoder.bias"], tensors["decoder.weight"].T, b_dec)
+    if kind == "JumpReluAutoEncoder":
+        return _center_encoder(weights), _jump_relu(tensors["threshold"])
+    if kind == "AutoEncoderNew":
+        weights = _center_encoder(weights)
     if kind == "AutoEncoder":
         norms = torch.linalg.vector_norm(weights.W_dec, dim=1)
         if not torch.allclose(norms, torch.ones_like(norms)):
-            weights = _normalize_decoder(weights, weights_path)
-    if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):
-        weights = _center_encoder(weights)
-    if kind == "JumpReluAutoEncoder":
-        activation = _jump_relu(tensors["threshold"])
-    elif k is not None:
-        # Below 0 until training has estimated one; everything positive exceeds it.
-        activation = config.checked(
-            lambda: TopK(k) if kind == "AutoEncoderTopK" else BatchTopK(k, max(float(tensors["threshold"]), 0.0))
-        )
-    return _Checkpoint(config_path if trainer else weights_path, weights_path, weights, activation)
+            weights = _normalize_decoder(weights, path)
+    return weights, ReLU()
 
 
 def _dictionary_class(config: _Config, weights_path: Path, names: set[str]) -> str:
@@ -702,12 +710,6 @@ class _Config:
         value = self.data.get(key, default)
         if type(value) is not type(expected) or value != expected:
             raise self.error(key, json.dumps(expected), value)
-
-    def checked(self, make: Callable[[], Activation]) -> Activation:
-        try:
-            return make()
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
 
 
 def _shown(value: Any) -> str:
