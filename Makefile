@@ -25,6 +25,7 @@ help:
 	@echo 'make demo       set up .venv, run the study on MovieLens 100K into runs/demo (ARGS="--data DIR" for other data)'
 	@echo 'make bench      set up .venv-bench, time the ops beside other libraries (ARGS="-k topk" to choose), some 45 minutes'
 	@echo 'make bench-quick   the same for a few sizes, 5 minutes'
+	@echo 'make test-integrations  checkpoints and models of other libraries, against those libraries'
 	@echo 'make setup      only set up .venv'
 	@echo 'make lint       ruff, mypy, clang-format; changes nothing'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
@@ -122,3 +123,9 @@ wheel: setup
 clean:
 	rm -rf $(VENV) .venv-* $(BENCH_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find saerec_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Conversions against the libraries that the benchmarks compare with, in the same environment. A library that could not be
+# installed fails its tests.
+.PHONY: test-integrations
+test-integrations: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -m pytest tests/integrations $(ARGS)

@@ -18,7 +18,15 @@ from saerec_fast.api import (
     reconstruct,
     steer,
 )
-from saerec_fast.sae import ActivationStore, SAETrainingConfig, SparseAutoencoder, evaluate_sae, train_sae
+from saerec_fast.sae import (
+    ActivationStore,
+    SAETrainingConfig,
+    SparseAutoencoder,
+    evaluate_sae,
+    load_sae,
+    save_sae,
+    train_sae,
+)
 from saerec_fast.steering import Calibration, SteeringHandle, attach, calibrate, contrastive_direction
 from saerec_fast.types import (
     BatchTopK,
@@ -68,9 +76,11 @@ __all__ = [
     "encode_topk",
     "evaluate_sae",
     "linear_topk",
+    "load_sae",
     "pack_weights",
     "reconstruct",
     "reference",
+    "save_sae",
     "steer",
     "train_sae",
 ]
