@@ -124,7 +124,7 @@ def test_an_edit_is_checked_when_it_is_made(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"edits": [{"feature": 3, "op": "set", "value": 1.0}]}, TypeError, "edits: expected Edit or Direction objects, got dict"),
+        ({"edits": [{"feature": 3}]}, TypeError, "edits: expected Edit or Direction objects, got dict"),
         ({"mode": "replace"}, ValueError, "mode: expected one of delta, reconstruct, got 'replace'"),
         ({"mode": None}, ValueError, "mode: .*got None"),
         ({"positions": "first"}, ValueError, "positions: .*got 'first'"),
