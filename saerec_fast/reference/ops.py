@@ -200,17 +200,19 @@ def limit_change(x: Tensor, steered: Tensor, plan: SteeringPlan) -> Tensor:
     if limit is None:
         return steered
     change = (steered - x).to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(change.dtype).tiny
     norm = torch.linalg.vector_norm(x.to(change.dtype), dim=-1, keepdim=True)
-    # Not 0 / 0 where a row of zeros stays as it is.
-    relative = torch.linalg.vector_norm(change, dim=-1, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    change_norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
     if plan.on_excess != "clip":
         if torch.compiler.is_compiling():
             raise ValueError(f"on_excess: {plan.on_excess!r} has to look at values; compiled code takes 'clip' only")
         # What is not a number is not compared.
-        report_excess(float(relative.detach().nan_to_num(0.0).amax()) if x.numel() else 0.0, plan)
+        relative = (change_norm / norm.clamp_min(tiny)).detach().nan_to_num(0.0)
+        report_excess(float(relative.amax()) if x.numel() else 0.0, plan)
         return steered
-    clipped = x + (change * (limit / relative)).to(x.dtype)
-    return torch.where(relative > limit, clipped, steered)
+    allowed = limit * norm
+    clipped = x + (change * (allowed / change_norm.clamp_min(tiny))).to(x.dtype)
+    return torch.where(change_norm > allowed, clipped, steered)
 
 
 def report_excess(relative: float, plan: SteeringPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def contrastive_direction(hidden: Tensor | ActivationStore, has_attribute: Tenso
         raise ValueError("has_attribute: expected rows with the attribute and rows without it")
     sums = [torch.zeros((), dtype=torch.float64)] * 2
     for begin in range(0, n_rows, _ROWS):
-        rows = torch.as_tensor(states[begin : begin + _ROWS]).detach().double().cpu()
+        block = states[begin : begin + _ROWS]
+        rows = (block.detach() if isinstance(block, Tensor) else torch.from_numpy(np.array(block))).double().cpu()
         labels = has_attribute[begin : begin + _ROWS].cpu()
         sums = [sums[0] + rows[~labels].sum(0), sums[1] + rows[labels].sum(0)]
     return Direction(sums[1] / counts[1] - sums[0] / counts[0], name=name)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from fractions import Fraction
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saerec_fast.types import Edit, SteeringPlan
+from saerec_fast.sae import SparseAutoencoder
+from saerec_fast.types import BatchTopK, Direction, Edit, ReLU, SteeringPlan, TopK
 from saerec_fast.types.plan import MODES, OPS
 
 EDIT = Edit(3, "set", 1.5)
@@ -174,3 +177,97 @@ def test_from_dict_refuses(data: Any, error: Any, message: str) -> None:
 def test_from_json_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=r"Expecting|finite"):
         SteeringPlan.from_json(text)
+
+
+class TestDirection:
+    def test_keeps_a_float32_copy(self) -> None:
+        vector = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        direction = Direction(vector, 2, "horror")
+        vector.zero_()
+        assert direction.vector.dtype == torch.float32
+        assert direction.to_dict() == {"vector": [1.0, -2.0], "value": 2.0, "name": "horror"}
+        assert direction == Direction([1.0, -2.0], 2.0, "horror")
+        assert hash(direction) == hash(Direction([1.0, -2.0], 2.0, "horror"))
+        assert direction != Direction([1.0, -2.0], 2.0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"vector": []}, r"vector: expected finite numbers \(d,\), got \[\]"),
+            ({"vector": [[1.0]]}, "vector: expected finite"),
+            ({"vector": [1.0, float("nan")]}, "vector: expected finite"),
+            ({"vector": "text"}, "vector: expected finite"),
+            ({"vector": torch.zeros(2, 3)}, r"got torch.float32 \(2, 3\)"),
+            ({"vector": [1.0], "value": float("inf")}, "value: expected a finite number"),
+            ({"vector": [1.0], "name": 3}, "name: expected text, got int"),
+        ],
+    )
+    def test_is_checked_when_it_is_made(self, arguments: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Direction(**arguments)
+
+    def test_in_a_plan(self) -> None:
+        plan = SteeringPlan([EDIT, Direction([1.0, 2.0], 3.0)])
+        assert SteeringPlan.from_json(plan.to_json()) == plan
+        assert plan.feature_edits == ((0, EDIT),)
+        assert [place for place, _ in plan.directions] == [1]
+        assert (plan.largest_feature, plan.direction_width) == (3, 2)
+        with pytest.raises(ValueError, match="directions of one width, got 1 and 2"):
+            SteeringPlan([Direction([1.0]), Direction([1.0, 2.0])])
+        with pytest.raises(ValueError, match=r"direction: .*unknown"):
+            SteeringPlan.from_dict({"edits": [{"vector": [1.0], "value": 1.0, "feature": 3}]})
+
+
+def test_a_limit_is_part_of_the_plan() -> None:
+    plan = SteeringPlan([EDIT], max_relative_norm=0.5, on_excess="warn")
+    assert SteeringPlan.from_json(plan.to_json()) == plan
+    assert plan != SteeringPlan([EDIT], max_relative_norm=0.5)
+    assert plan != SteeringPlan([EDIT])
+    assert "max_relative_norm" not in SteeringPlan([EDIT]).to_dict()
+    for changed in (plan.scaled(2.0), plan.with_edits([]), plan.at_positions("last")):
+        assert (changed.max_relative_norm, changed.on_excess) == (0.5, "warn")
+    for arguments, message in [
+        ({"max_relative_norm": 0.0}, "max_relative_norm: expected a number > 0"),
+        ({"max_relative_norm": float("nan")}, "max_relative_norm: expected a finite number"),
+        ({"on_excess": "drop"}, "on_excess: expected one of clip, warn, reject"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SteeringPlan([EDIT], **arguments)
+
+
+def test_scaled() -> None:
+    plan = SteeringPlan([Edit(0, "set", 3.0), Edit(1, "scale", 0.5), Direction([1.0], -2.0)], "reconstruct", "last")
+    assert plan.scaled(1.0) == plan
+    assert plan.scaled(2.0).values == (6.0, 0.0, -4.0)
+    assert plan.scaled(0.0).values == (0.0, 1.0, 0.0)
+    assert (plan.scaled(2.0).mode, plan.scaled(2.0).positions) == ("reconstruct", "last")
+    with pytest.raises(ValueError, match="factor: expected a finite number"):
+        plan.scaled(float("inf"))
+
+
+def test_copies_and_pickles() -> None:
+    plan = SteeringPlan([EDIT, Direction([1.0])], positions=torch.tensor([True, False]), max_relative_norm=1.0)
+    for copied in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan), copy.copy(plan)):
+        assert copied == plan
+        assert copied.largest_feature == 3
+
+
+@pytest.mark.parametrize(
+    ("activation", "mode", "edits", "work", "row_operations"),
+    [
+        (ReLU(), "delta", [], "copy", 0),
+        (TopK(4), "delta", [Edit(1, "add", 1.0), Edit(2, "add", 1.0)], "add", 8),
+        (ReLU(), "delta", [Direction([1.0] * 8)], "add", 8),
+        (ReLU(), "delta", [Edit(1, "set", 1.0), Edit(1, "add", 1.0), Edit(2, "add", 1.0)], "features", 16),
+        (BatchTopK(4, threshold=0.5), "delta", [Edit(1, "set", 1.0), Edit(2, "scale", 2.0)], "features", 32),
+        (TopK(4), "delta", [Edit(1, "clamp_max", 1.0)], "encode", 24 * 8 + 8),
+        (ReLU(), "reconstruct", [], "encode", 24 * 8),
+    ],
+)
+def test_explain(activation: Any, mode: Any, edits: Any, work: str, row_operations: int) -> None:
+    sae = SparseAutoencoder(8, 24, activation)
+    cost = SteeringPlan(edits, mode).explain(sae)
+    assert (cost.work, cost.row_operations) == (work, row_operations)
+    assert str(cost).startswith(f"{work}: ")
+    with pytest.raises(ValueError, match="expected one that fits the plan, got 24 features of width 8"):
+        SteeringPlan([Edit(24, "add", 1.0)]).explain(sae)
