@@ -124,20 +124,9 @@ def data_settings(data: str, small: bool, seed: int) -> DataSettings:
 
 
 def recommender_settings(small: bool, seed: int) -> RecommenderSettings:
-    """Settings of the recommender: a larger data set needs fewer passes over itself.
-
-    A small one cannot teach item embeddings much. There they start from what stands close together in the users'
-    sequences and learn slowly, and positions start weak: half the epochs of the defaults serve as well on MovieLens
-    100K, by users other than the test users (docs/results.md).
-    """
+    """Settings of the recommender: a larger data set needs fewer passes over itself."""
     if small:
-        return RecommenderSettings(
-            epochs=14,
-            item_learning_rate=0.3,
-            item_init_stretch=20,
-            position_initializer_range=0.01,
-            seed=seed,
-        )
+        return RecommenderSettings(seed=seed)
     return RecommenderSettings(epochs=14, batch_size=64, patience=5, seed=seed)
 
 

@@ -110,9 +110,6 @@ class RecommenderSettings:
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 1e-3
-    item_learning_rate: float = 1.0
-    item_init_stretch: int | None = None
-    position_initializer_range: float | None = None
     patience: int = 8
     seed: int = 0
 
@@ -538,7 +535,6 @@ def fit_recommenders(
         max_length=settings.max_length,
         dropout=settings.dropout,
         item_dropout=settings.item_dropout,
-        position_initializer_range=settings.position_initializer_range,
     )
     model = train_recommender(
         split,
@@ -547,8 +543,6 @@ def fit_recommenders(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        item_learning_rate=settings.item_learning_rate,
-        item_init_stretch=settings.item_init_stretch,
         patience=settings.patience,
         seed=settings.seed,
         progress=progress,
