@@ -135,13 +135,15 @@ def compare(
         progress=not quiet,
         say=lambda line: console.print(line, markup=False, highlight=False),
     )
-    table = Table("recommender", "NDCG@10", "95 % interval", "the transformer's lead", "95 % interval")
+    table = Table("recommender", "NDCG@10", "95 % interval", "lead", "95 % interval")
     for name, (value, low, high) in result["ndcg"].items():
         lead = result["leads"].get(name)
         over = (f"{lead[0]:+.3f}", f"{lead[1]:+.3f} to {lead[2]:+.3f}") if lead else ("", "")
         table.add_row(RECOMMENDERS[name], f"{value:.3f}", f"{low:.3f} to {high:.3f}", *over)
     console.print(table)
-    console.print(f"{result['n_users']} users, each held out once, {targets} targets each at most")
+    console.print(
+        f"{result['n_users']} users, each held out once, {targets} targets each at most; lead: the transformer's"
+    )
 
 
 @app.command()

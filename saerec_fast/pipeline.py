@@ -535,7 +535,7 @@ def fit_recommenders(
 
     The validation users stop the transformer's training; the baselines have no use for them. ``item_knn`` is the
     standard method, blind to the order of a history; ``recent_item_knn`` counts its newest 10 items, each half as much
-    as the one after it. What the transformer is ahead of that one is more than recency and pairs of items say.
+    as the one after it.
 
     Returns:
         One per key of :data:`RECOMMENDERS`.

@@ -65,6 +65,7 @@ def test_metrics_hold_what_is_promised(finished: tuple[Path, dict]) -> None:
         lead, low, high = metrics["leads"][baseline]
         assert lead == pytest.approx(metrics["recommender"]["ndcg@10"] - metrics[baseline]["ndcg@10"])
         assert low <= lead <= high
+    assert metrics["recent_item_knn"] != metrics["item_knn"]
     assert {"explained_variance", "l0", "dead_fraction"} <= metrics["sae"].keys()
     assert "ndcg@10" in metrics["reconstruction"]
     for kind in ("sae", "raw"):
@@ -206,7 +207,7 @@ def test_compare_holds_out_every_user_but_the_test_users(
     small = RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=1)
     monkeypatch.setattr(demo_module, "recommender_settings", lambda small_data, seed: small)
     output = invoke("compare", "--data", data, "--out", tmp_path / "out", "--folds", 2, "--targets", 3, "--quiet")
-    assert "item-kNN" in output
+    assert "recency-weighted" in output
     result = read_json(tmp_path / "out" / "comparison.json")
     run = Run(tmp_path / "run")
     run.prepare_data(demo_module.data_settings(str(data), True, 0))
