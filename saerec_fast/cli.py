@@ -89,8 +89,8 @@ def train(
     seed: int = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Split the users, train the recommender, compare it with popularity and item-kNN."""
-    from saerec_fast.pipeline import DataSettings, RecommenderSettings
+    """Split the users, train the recommender, compare it with item-kNN, recency-weighted item-kNN and popularity."""
+    from saerec_fast.pipeline import RECOMMENDERS, DataSettings, RecommenderSettings
 
     study = _run(run, quiet)
     study.prepare_data(DataSettings(_resolve_data(data, quiet), seed=seed))
@@ -98,11 +98,11 @@ def train(
         RecommenderSettings(d_model=d_model, n_layers=layers, max_length=max_length, epochs=epochs, seed=seed)
     )
     table = Table("recommender", "NDCG@10", "95 % interval", "HitRate@10", "Coverage@10")
-    for name in ("transformer", "item_knn", "popularity"):
+    for name, label in RECOMMENDERS.items():
         measured = result[name]
         low, high = measured["intervals"]["ndcg@10"]
         table.add_row(
-            name,
+            label,
             f"{measured['ndcg@10']:.3f}",
             f"{low:.3f} to {high:.3f}",
             f"{measured['hit_rate@10']:.3f}",
@@ -122,8 +122,9 @@ def compare(
     seed: int = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Transformer, item-kNN and popularity, cross-validated over all but the test users, with the demo's settings."""
+    """The transformer and its baselines, cross-validated over all but the test users, with the demo's settings."""
     from saerec_fast.demo import run_comparison
+    from saerec_fast.pipeline import RECOMMENDERS
 
     result = run_comparison(
         _resolve_data(data, quiet),
@@ -134,13 +135,15 @@ def compare(
         progress=not quiet,
         say=lambda line: console.print(line, markup=False, highlight=False),
     )
-    table = Table("recommender", "NDCG@10", "95 % interval", "the transformer's lead", "95 % interval")
+    table = Table("recommender", "NDCG@10", "95 % interval", "lead", "95 % interval")
     for name, (value, low, high) in result["ndcg"].items():
         lead = result["leads"].get(name)
         over = (f"{lead[0]:+.3f}", f"{lead[1]:+.3f} to {lead[2]:+.3f}") if lead else ("", "")
-        table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}", *over)
+        table.add_row(RECOMMENDERS[name], f"{value:.3f}", f"{low:.3f} to {high:.3f}", *over)
     console.print(table)
-    console.print(f"{result['n_users']} users, each held out once, {targets} targets each at most")
+    console.print(
+        f"{result['n_users']} users, each held out once, {targets} targets each at most; lead: the transformer's"
+    )
 
 
 @app.command()
@@ -315,14 +318,16 @@ def _print_control(result: dict[str, Any]) -> None:
 
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
+    from saerec_fast.pipeline import RECOMMENDERS
+
     table = Table("figure", "value", "95 % interval over users")
 
     def add(label: str, value: float, interval: Any = None) -> None:
         span = "" if interval is None or interval[0] is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
         table.add_row(label, f"{value:.3f}", span)
 
-    for name, label in (("recommender", "transformer"), ("item_knn", "item-kNN"), ("popularity", "popularity")):
-        one = metrics[name]
+    for name, label in RECOMMENDERS.items():
+        one = metrics["recommender" if name == "transformer" else name]
         add(f"NDCG@10, {label}", one["ndcg@10"], one["intervals"]["ndcg@10"])
     add("NDCG@10 with the SAE's reconstruction", metrics["reconstruction"]["ndcg@10"])
     add("explained variance", metrics["sae"]["explained_variance"])

@@ -28,6 +28,7 @@ from saerec_fast.interpret.report import (
     write_report,
 )
 from saerec_fast.pipeline import (
+    RECOMMENDERS,
     ActivationSettings,
     ControlSettings,
     DataSettings,
@@ -44,8 +45,6 @@ _EMBEDDING_LIMIT = (
     "The hidden state taken apart here is the item embedding that enters the first block: the same wherever an item "
     "stands. What attention adds about the items before it is not in it; larger data are taken apart after block 0."
 )
-
-_LABELS = {"transformer": "Transformer", "item_knn": "Item-kNN", "popularity": "Popularity"}
 
 
 def run_demo(data: str, run: Run, *, seed: int = 0) -> dict[str, Any]:
@@ -71,8 +70,7 @@ def run_demo(data: str, run: Run, *, seed: int = 0) -> dict[str, Any]:
     metrics = {
         "data": {"name": described["name"], **{k: described["dataset"][k] for k in ("n_users", "n_items")}},
         "recommender": recommenders["transformer"],
-        "item_knn": recommenders["item_knn"],
-        "popularity": recommenders["popularity"],
+        **{name: recommenders[name] for name in RECOMMENDERS if name != "transformer"},
         "leads": recommenders["leads"],
         "sae": {key: quality[key] for key in ("explained_variance", "l0", "dead_fraction", "mae", "rmse")},
         "reconstruction": quality["reconstruction"],
@@ -124,20 +122,9 @@ def data_settings(data: str, small: bool, seed: int) -> DataSettings:
 
 
 def recommender_settings(small: bool, seed: int) -> RecommenderSettings:
-    """Settings of the recommender: a larger data set needs fewer passes over itself.
-
-    A small one cannot teach item embeddings much. There they start from what stands close together in the users'
-    sequences and learn slowly, and positions start weak: half the epochs of the defaults serve as well on MovieLens
-    100K, by users other than the test users (docs/results.md).
-    """
+    """Settings of the recommender: a larger data set needs fewer passes over itself."""
     if small:
-        return RecommenderSettings(
-            epochs=14,
-            item_learning_rate=0.3,
-            item_init_stretch=20,
-            position_initializer_range=0.01,
-            seed=seed,
-        )
+        return RecommenderSettings(seed=seed)
     return RecommenderSettings(epochs=14, batch_size=64, patience=5, seed=seed)
 
 
@@ -235,8 +222,12 @@ def _context(run: Run, metrics: Mapping[str, Any], small: bool, examples: Sequen
             described["notes"],
         ),
         recommenders=[
-            _row(_LABELS[name], metrics["recommender" if name == "transformer" else name], _lead(metrics, name))
-            for name in ("transformer", "item_knn", "popularity")
+            _row(
+                label[0].upper() + label[1:],
+                metrics["recommender" if name == "transformer" else name],
+                _lead(metrics, name),
+            )
+            for name, label in RECOMMENDERS.items()
         ],
         sae=SaeQuality(
             metrics["sae"]["explained_variance"],

@@ -59,6 +59,14 @@ if TYPE_CHECKING:
 
 STEPS = ("data", "recommender", "activations", "sae", "interpretation", "control")
 
+# What a study compares, in this order: the keys of its results, and how tables call them.
+RECOMMENDERS = {
+    "transformer": "transformer",
+    "recent_item_knn": "recency-weighted item-kNN",
+    "item_knn": "item-kNN",
+    "popularity": "popularity",
+}
+
 # The command that makes a step, and what a Run keeps loaded of it.
 _COMMANDS = {
     "data": "saerec train",
@@ -110,9 +118,6 @@ class RecommenderSettings:
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 1e-3
-    item_learning_rate: float = 1.0
-    item_init_stretch: int | None = None
-    position_initializer_range: float | None = None
     patience: int = 8
     seed: int = 0
 
@@ -264,7 +269,7 @@ class Run:
         return result
 
     def train_recommender(self, settings: RecommenderSettings) -> dict[str, Any]:
-        """Train the transformer; compare it on the test users with popularity and item-kNN."""
+        """Train the transformer; compare it on the test users with the baselines of :func:`fit_recommenders`."""
 
         def compute(folder: Path) -> dict[str, Any]:
             recommenders = fit_recommenders(self.split, settings, folder / "model", progress=self.progress)
@@ -528,7 +533,12 @@ def fit_recommenders(
 ) -> dict[str, Recommend]:
     """The transformer, trained in ``folder`` or loaded from it, and the baselines, all from ``split.train``.
 
-    The validation users stop the transformer's training; the baselines have no use for them.
+    The validation users stop the transformer's training; the baselines have no use for them. ``item_knn`` is the
+    standard method, blind to the order of a history; ``recent_item_knn`` counts its newest 10 items, each half as much
+    as the one after it.
+
+    Returns:
+        One per key of :data:`RECOMMENDERS`.
     """
     config = RecommenderConfig(
         n_items=split.n_items,
@@ -538,7 +548,6 @@ def fit_recommenders(
         max_length=settings.max_length,
         dropout=settings.dropout,
         item_dropout=settings.item_dropout,
-        position_initializer_range=settings.position_initializer_range,
     )
     model = train_recommender(
         split,
@@ -547,14 +556,15 @@ def fit_recommenders(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        item_learning_rate=settings.item_learning_rate,
-        item_init_stretch=settings.item_init_stretch,
         patience=settings.patience,
         seed=settings.seed,
         progress=progress,
     ).eval()
     return {
         "transformer": TransformerScorer(model),
+        "recent_item_knn": ItemKNNRecommender(
+            split.train, n_neighbours=100, history_length=10, decay=0.5, shrinkage=3.0
+        ),
         "item_knn": ItemKNNRecommender(split.train),
         "popularity": PopularityRecommender(split.train),
     }
@@ -570,7 +580,7 @@ def compare_recommenders(
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Transformer, item-kNN and popularity by cross-validation over all users but the test users.
+    """The recommenders of :func:`fit_recommenders` by cross-validation over all users but the test users.
 
     Nothing here looks at the test users, so that settings may be chosen by it. A comparison that was cut off goes on
     with the fold and epoch it was at.

@@ -61,6 +61,11 @@ def copy(finished: tuple[Path, dict], tmp_path: Path) -> Path:
 def test_metrics_hold_what_is_promised(finished: tuple[Path, dict]) -> None:
     metrics = read_json(finished[0] / "metrics.json")
     assert {"ndcg@10", "hit_rate@10"} <= metrics["recommender"].keys()
+    for baseline in ("recent_item_knn", "item_knn", "popularity"):
+        lead, low, high = metrics["leads"][baseline]
+        assert lead == pytest.approx(metrics["recommender"]["ndcg@10"] - metrics[baseline]["ndcg@10"])
+        assert low <= lead <= high
+    assert metrics["recent_item_knn"] != metrics["item_knn"]
     assert {"explained_variance", "l0", "dead_fraction"} <= metrics["sae"].keys()
     assert "ndcg@10" in metrics["reconstruction"]
     for kind in ("sae", "raw"):
@@ -93,6 +98,8 @@ def test_the_report_stands_alone(finished: tuple[Path, dict]) -> None:
     Links().feed(page)
     assert not loaded
     assert page.count("<svg") >= 4
+    for name in ("Transformer", "Recency-weighted item-kNN", "Item-kNN", "Popularity"):
+        assert f'<th scope="row">{name}</th>' in page
 
 
 def test_a_second_run_reuses_every_step(copy: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +207,13 @@ def test_compare_holds_out_every_user_but_the_test_users(
     small = RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=1)
     monkeypatch.setattr(demo_module, "recommender_settings", lambda small_data, seed: small)
     output = invoke("compare", "--data", data, "--out", tmp_path / "out", "--folds", 2, "--targets", 3, "--quiet")
-    assert "item_knn" in output
+    assert "recency-weighted" in output
     result = read_json(tmp_path / "out" / "comparison.json")
     run = Run(tmp_path / "run")
     run.prepare_data(demo_module.data_settings(str(data), True, 0))
     assert result["n_users"] == run.split.non_test.n_users
-    assert result["ndcg"].keys() == {"transformer", "item_knn", "popularity"}
-    assert result["leads"].keys() == {"item_knn", "popularity"}
+    assert result["ndcg"].keys() == {"transformer", "recent_item_knn", "item_knn", "popularity"}
+    assert result["leads"].keys() == {"recent_item_knn", "item_knn", "popularity"}
     assert result["targets_per_user"] == 3
 
 

@@ -409,16 +409,19 @@ def _judge_recommender(context: ReportContext, shows: list[str], limits: list[st
     for baseline in baselines:
         theirs = baseline.metrics["ndcg@10"]
         lead = baseline.lead
-        if lead is not None and lead.low is not None and lead.high is not None and lead.low <= 0 <= lead.high:
-            limits.append(
-                f"Whether {model.name} (NDCG@10 {_estimate(ours)}) ranks better than {baseline.name} "
-                f"({_estimate(theirs)}): the difference on the same users is {_estimate(lead)}."
-            )
-        elif lead is not None and lead.low is not None and lead.low > 0:
-            shows.append(
-                f"{model.name} ranks held-out items better than {baseline.name}: NDCG@10 {_estimate(ours)} against "
-                f"{_estimate(theirs)}, on the same users a difference of {_estimate(lead)}."
-            )
+        if lead is not None and lead.low is not None and lead.high is not None:
+            figures = f"NDCG@10 {_estimate(ours)} against {_estimate(theirs)}, on the same users a lead of"
+            if lead.low > 0:
+                shows.append(
+                    f"{model.name} ranks held-out items better than {baseline.name}: {figures} {_estimate(lead)}."
+                )
+            elif lead.high < 0:
+                limits.append(f"{model.name} ranks worse than {baseline.name}: {figures} {_estimate(lead)}.")
+            else:
+                limits.append(
+                    f"Whether {model.name} ranks better than {baseline.name} is not established: {figures} "
+                    f"{_estimate(lead)}."
+                )
         elif ours.low is None or theirs.low is None:
             limits.append(f"{model.name} and {baseline.name} are compared without intervals.")
         elif ours.overlaps(theirs):

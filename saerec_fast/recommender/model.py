@@ -32,8 +32,6 @@ class RecommenderConfig:
         item_dropout: probability in [0, 1) that an input item's whole embedding is dropped in training (its position
             stays), so that no single item is relied on; it helps where users are few.
         initializer_range: standard deviation of the initial weights and embeddings.
-        position_initializer_range: of the initial position embeddings; ``None``: as ``initializer_range``. Positions
-            as strong as items hide the items from the first block until training has weakened them.
 
     Raises:
         ValueError: a value outside its range; the message names the field.
@@ -48,7 +46,6 @@ class RecommenderConfig:
     attention_dropout: float = 0.0
     item_dropout: float = 0.2
     initializer_range: float = 0.1
-    position_initializer_range: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_items", "d_model", "n_layers", "n_heads", "max_length"):
@@ -59,10 +56,8 @@ class RecommenderConfig:
         for name in ("dropout", "attention_dropout", "item_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("initializer_range", "position_initializer_range"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: must be positive, got {value}")
+        if self.initializer_range <= 0:
+            raise ValueError(f"initializer_range: must be positive, got {self.initializer_range}")
 
 
 class SequenceRecommender(nn.Module):
@@ -107,8 +102,6 @@ class SequenceRecommender(nn.Module):
         self.item_embedding.padding_idx = PADDING
         with torch.no_grad():
             self.item_embedding.weight[PADDING].zero_()
-            if config.position_initializer_range is not None:
-                self.transformer.wpe.weight.mul_(config.position_initializer_range / config.initializer_range)
 
     @property
     def item_embedding(self) -> nn.Embedding:

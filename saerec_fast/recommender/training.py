@@ -57,8 +57,6 @@ def train_recommender(
     warmup_share: float = 0.05,
     patience: int = 8,
     item_init: Literal["spectral", "random"] = "spectral",
-    item_init_stretch: int | None = None,
-    item_learning_rate: float = 1.0,
     seed: int = 0,
     resume: bool = True,
     progress: bool = True,
@@ -88,9 +86,6 @@ def train_recommender(
         patience: epochs without a better validation NDCG@10 after which training stops.
         item_init: ``"spectral"`` starts the item embeddings from :func:`spectral_item_embeddings` of the training
             users, which a few hundred users could hardly teach by gradient alone; ``"random"`` from a normal law.
-        item_init_stretch: ``stretch`` of :func:`spectral_item_embeddings`.
-        item_learning_rate: learning rate of the item embeddings, in multiples of that of all else, positive. Below 1
-            they stay nearer to what they start from, which on few users is better than what these users teach.
         seed: of the initial weights, dropout, windows and their order.
         resume: continue what ``out_dir`` holds; a finished run is loaded without training. With ``False`` it is
             overwritten.
@@ -104,8 +99,6 @@ def train_recommender(
     """
     if item_init not in ("spectral", "random"):
         raise ValueError(f"item_init: expected 'spectral' or 'random', got {item_init!r}")
-    if not item_learning_rate > 0:
-        raise ValueError(f"item_learning_rate: must be positive, got {item_learning_rate}")
     _check(split, config, epochs=epochs, batch_size=batch_size, patience=patience)
     out = Path(out_dir)
     settings = {
@@ -117,8 +110,6 @@ def train_recommender(
         "warmup_share": warmup_share,
         "patience": patience,
         "item_init": item_init,
-        "item_init_stretch": item_init_stretch,
-        "item_learning_rate": item_learning_rate,
         "seed": seed,
         "data": _fingerprint(split),
     }
@@ -127,9 +118,9 @@ def train_recommender(
         model = SequenceRecommender(config)
         if item_init == "spectral" and not (resume and (out / "checkpoint.json").exists()):
             with torch.no_grad():
-                directions = spectral_item_embeddings(split.train, config.d_model, stretch=item_init_stretch, seed=seed)
+                directions = spectral_item_embeddings(split.train, config.d_model, seed=seed)
                 model.item_embeddings.copy_(directions * config.initializer_range)
-        optimizer = _optimizer(model, learning_rate, weight_decay, item_learning_rate)
+        optimizer = _optimizer(model, learning_rate, weight_decay)
         records = _resume(out, settings, model, optimizer) if resume else []
         if not resume:
             # Without its checkpoint the old run cannot be taken for the new one, wherever this one stops.
@@ -150,7 +141,7 @@ def train_recommender(
                 for position, (starts, stops) in enumerate(batches):
                     step_share = (epoch - 1 + position / len(batches)) / epochs
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate * group["factor"] * schedule(step_share, warmup_share)
+                        group["lr"] = learning_rate * schedule(step_share, warmup_share)
                     inputs, targets = window_tokens(split.train.items, starts, stops)
                     valid = targets != 0
                     hidden = model(inputs)[valid]
@@ -183,40 +174,34 @@ def train_recommender(
     return SequenceRecommender.load(out)
 
 
-def spectral_item_embeddings(dataset: Dataset, d_model: int, *, stretch: int | None = None, seed: int = 0) -> Tensor:
+def spectral_item_embeddings(dataset: Dataset, d_model: int, *, seed: int = 0) -> Tensor:
     """Item coordinates from the users who have them: the leading singular vectors of the normalised user × item matrix.
 
     With ``X`` the binary matrix and ``D`` its degrees, the right singular vectors of ``D_user^-½ X D_item^-½`` (Dhillon
     2001) times the square root of their singular values; the first, which holds popularity alone, is left out. The
     decomposition is randomised (Halko et al. 2011) and sparse: the work is that of a few passes over the interactions.
 
-    With a ``stretch``, the rows of the matrix are stretches of consecutive items instead of whole users, each beginning
-    half a stretch after the one before it: items are then near each other where users have them at about the same time.
-
     Args:
         dataset: users with their items.
         d_model: number of coordinates.
-        stretch: items per row, at least 2; ``None``: all of a user's.
         seed: of the random projection.
 
     Returns:
         float32 ``(n_items, d_model)`` with mean square 1. Where the matrix has fewer directions than ``d_model``, the
         other coordinates are drawn from a normal law.
-
-    Raises:
-        ValueError: ``stretch`` below 2.
     """
     generator = torch.Generator().manual_seed(seed)
     coordinates = torch.randn(dataset.n_items, d_model, generator=generator)
-    row_of, item_of = _matrix_entries(dataset, stretch)
-    pairs = np.unique(row_of * dataset.n_items + item_of)
-    rows, items = pairs // dataset.n_items, pairs % dataset.n_items
-    n_rows = int(row_of.max(initial=-1)) + 1
-    degrees = np.bincount(rows, minlength=n_rows)[rows] * np.bincount(items, minlength=dataset.n_items)[items]
+    user_of = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
+    pairs = np.unique(user_of * dataset.n_items + dataset.items)
+    users, items = pairs // dataset.n_items, pairs % dataset.n_items
+    degrees = (
+        np.bincount(users, minlength=dataset.n_users)[users] * np.bincount(items, minlength=dataset.n_items)[items]
+    )
     matrix = torch.sparse_coo_tensor(
-        torch.from_numpy(np.stack([rows, items])),
+        torch.from_numpy(np.stack([users, items])),
         torch.from_numpy(degrees**-0.5).float(),
-        (n_rows, dataset.n_items),
+        (dataset.n_users, dataset.n_items),
         is_coalesced=True,
         check_invariants=True,
     )
@@ -229,26 +214,6 @@ def spectral_item_embeddings(dataset: Dataset, d_model: int, *, stretch: int | N
         directions = right[:, 1 : found + 1] * singular[1 : found + 1].sqrt()
         coordinates[:, :found] = directions / directions.square().mean().sqrt()
     return coordinates / coordinates.square().mean().sqrt()
-
-
-def _matrix_entries(dataset: Dataset, stretch: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Row and item of every entry; rows are users, or stretches, of which an item is in one or two."""
-    lengths = np.diff(dataset.offsets)
-    user_of = np.repeat(np.arange(dataset.n_users), lengths)
-    if stretch is None:
-        return user_of, dataset.items.astype(np.int64)
-    if stretch < 2:
-        raise ValueError(f"stretch: must be at least 2, got {stretch}")
-    # Halves of a stretch; a row is a half and the one after it, where there is one.
-    half = -(-stretch // 2)
-    halves = -(-lengths // half)
-    n_rows = np.maximum(halves - 1, np.minimum(halves, 1))
-    first_row = np.cumsum(n_rows) - n_rows
-    number = (np.arange(len(user_of)) - dataset.offsets[:-1][user_of]) // half
-    in_last, in_first = number < n_rows[user_of], number > 0
-    rows = [(first_row[user_of] + number)[in_last], (first_row[user_of] + number - 1)[in_first]]
-    items = dataset.items.astype(np.int64)
-    return np.concatenate(rows), np.concatenate([items[in_last], items[in_first]])
 
 
 @torch.inference_mode()
@@ -409,19 +374,10 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     return loss
 
 
-def _optimizer(
-    model: SequenceRecommender, learning_rate: float, weight_decay: float, item_factor: float
-) -> torch.optim.AdamW:
-    """Its groups carry ``factor``, what their learning rate is in multiples of the schedule's."""
-    items = model.item_embedding.weight
-    others = [parameter for parameter in model.parameters() if parameter is not items]
-    matrices = [parameter for parameter in others if parameter.dim() > 1]
-    plain = [parameter for parameter in others if parameter.dim() <= 1]
-    groups = [
-        {"params": [items], "weight_decay": weight_decay, "factor": item_factor},
-        {"params": matrices, "weight_decay": weight_decay, "factor": 1.0},
-        {"params": plain, "weight_decay": 0.0, "factor": 1.0},
-    ]
+def _optimizer(model: SequenceRecommender, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    plain = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
 
 

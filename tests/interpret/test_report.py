@@ -249,13 +249,21 @@ def test_findings_follow_the_numbers(context):
     render_report(weak)
 
 
-@pytest.mark.parametrize(("lead", "shown"), [(Estimate(0.04, 0.01, 0.07), 0), (Estimate(0.04, -0.01, 0.07), 1)])
-def test_a_paired_difference_decides_where_intervals_overlap(context, lead, shown):
+@pytest.mark.parametrize(
+    ("lead", "shown", "verdict"),
+    [
+        (Estimate(0.04, 0.01, 0.07), 0, "ranks held-out items better than Item-kNN:"),
+        (Estimate(0.04, -0.01, 0.07), 1, "better than Item-kNN is not established:"),
+        (Estimate(-0.04, -0.07, -0.01), 1, "ranks worse than Item-kNN:"),
+    ],
+)
+def test_a_paired_lead_decides_where_intervals_overlap(context, lead, shown, verdict):
     model, _, neighbours = context.recommenders
     rows = [model, ModelMetrics(neighbours.name, neighbours.metrics, lead=lead)]
-    texts = findings(ReportContext(title="Paired", recommenders=rows))[shown]
-    assert "on the same users" in texts[0]
-    assert "Item-kNN" in texts[0]
+    text = findings(ReportContext(title="Paired", recommenders=rows))[shown][0]
+    assert verdict in text
+    low, value, high = (f"{abs(end):.3f}" for end in (lead.low, lead.value, lead.high))
+    assert re.search(rf"on the same users a lead of −?{value} \(−?{low} to −?{high}\)", text)
 
 
 @pytest.mark.parametrize(("module", "extra"), [("figures", "matplotlib"), ("report", "jinja2")])

@@ -36,7 +36,7 @@ def test_neighbours_equal_a_dense_computation(
     generator = np.random.default_rng(0)
     n_items = 15
     sequences = [generator.integers(0, 13, generator.integers(1, 9)).tolist() for _ in range(30)]
-    recommend = ItemKNNRecommender(dataset_of(sequences, n_items), n_neighbours=n_items, shrinkage=shrinkage)
+    recommend = ItemKNNRecommender(dataset_of(sequences, n_items), n_neighbours=n_items, decay=0.5, shrinkage=shrinkage)
     table = np.zeros((n_items, n_items))
     np.put_along_axis(table, recommend.neighbours, recommend.similarities, axis=1)
     np.testing.assert_allclose(table, dense_similarity(sequences, n_items, shrinkage))
@@ -48,6 +48,22 @@ def test_neighbours_equal_a_dense_computation(
     scores[history] = -np.inf
     expected = np.argsort(-scores, kind="stable")[:6]
     assert recommend([history], 6).tolist() == [expected.tolist()]
+
+
+def test_by_default_the_whole_history_counts_in_any_order() -> None:
+    generator = np.random.default_rng(1)
+    n_items = 40
+    sequences = [generator.permutation(n_items)[: generator.integers(2, 30)].tolist() for _ in range(50)]
+    data = dataset_of(sequences, n_items)
+    history = generator.permutation(n_items)[:25]
+    recommend = ItemKNNRecommender(data)
+    lists = recommend([history, history[::-1]], 10)
+    assert lists[0].tolist() == lists[1].tolist()
+    scores = dense_similarity(sequences, n_items, shrinkage=0.0)[history].sum(0) + 1e-9 * recommend.popularity
+    scores[history] = -np.inf
+    assert lists[0].tolist() == np.argsort(-scores, kind="stable")[:10].tolist()
+    assert ItemKNNRecommender(data, decay=0.5)([history], 10).tolist() != lists[:1].tolist()
+    assert ItemKNNRecommender(data, history_length=3)([history], 10).tolist() != lists[:1].tolist()
 
 
 def test_only_the_nearest_neighbours_and_the_newest_items_vote() -> None:

@@ -111,7 +111,6 @@ def test_hidden_of_takes_tensors_tuples_and_lists() -> None:
         ("attention_dropout", -0.1),
         ("item_dropout", 1.0),
         ("initializer_range", 0.0),
-        ("position_initializer_range", 0.0),
     ],
 )
 def test_config_names_the_field_that_is_wrong(field: str, value: float) -> None:
@@ -164,13 +163,3 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(ImportError, match=r"pip install saerec-fast\[study\]"):
         SequenceRecommender(RecommenderConfig(n_items=3))
-
-
-def test_positions_can_start_smaller_than_items() -> None:
-    plain, small = (
-        SequenceRecommender(RecommenderConfig(n_items=50, d_model=16, position_initializer_range=scale))
-        for scale in (None, 0.01)
-    )
-    assert float(plain.transformer.wpe.weight.std().detach()) == pytest.approx(0.1, rel=0.1)
-    assert float(small.transformer.wpe.weight.std().detach()) == pytest.approx(0.01, rel=0.1)
-    assert float(small.item_embeddings.std().detach()) == pytest.approx(0.1, rel=0.1)

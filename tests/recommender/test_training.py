@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saerec_fast.data import Dataset, Split
+from saerec_fast.data import Split
 from saerec_fast.files import read_json
 from saerec_fast.recommender import (
     EpochRecord,
@@ -131,33 +131,6 @@ def test_spectral_embeddings_span_the_leading_directions(split: Split) -> None:
     assert torch.equal(got, spectral_item_embeddings(data, 8, seed=2))
 
 
-@pytest.mark.parametrize("stretch", [2, 5, 6, 1000])
-def test_a_stretch_takes_the_place_of_a_user(split: Split, stretch: int) -> None:
-    """As if every stretch, cut by hand, were a user of its own."""
-    half = (stretch + 1) // 2
-    cut = []
-    for user in range(split.train.n_users):
-        items = split.train.sequence(user)
-        cut += [items[begin : begin + 2 * half] for begin in range(0, max(len(items) - half, 1), half)]
-    table = split.train.item_table
-    offsets = np.cumsum([0, *map(len, cut)])
-    users = np.array([str(number) for number in range(len(cut))])
-    by_hand = Dataset("cut", users, offsets, np.concatenate(cut), None, table)
-    got = spectral_item_embeddings(split.train, 4, stretch=stretch)
-    torch.testing.assert_close((got @ got.T), (lambda x: x @ x.T)(spectral_item_embeddings(by_hand, 4)))
-
-
-def test_a_slow_rate_keeps_items_near_their_start(split: Split, config: RecommenderConfig, tmp_path: Path) -> None:
-    start = spectral_item_embeddings(split.train, config.d_model, stretch=6) * config.initializer_range
-    moved = {}
-    for factor in (1.0, 0.1):
-        model = train_recommender(
-            split, config, tmp_path / str(factor), **SETTINGS, item_init_stretch=6, item_learning_rate=factor
-        )
-        moved[factor] = float((model.item_embeddings.detach() - start).norm())
-    assert moved[0.1] < 0.3 * moved[1.0]
-
-
 def test_spectral_embeddings_fill_up_what_the_data_do_not_give(split: Split) -> None:
     few = split.train.select_users(np.arange(3))
     coordinates = spectral_item_embeddings(few, 8)
@@ -272,10 +245,6 @@ def test_wrong_arguments_are_named(split: Split, tmp_path: Path) -> None:
     right = RecommenderConfig(n_items=split.train.n_items)
     with pytest.raises(ValueError, match="item_init"):
         train_recommender(split, right, tmp_path, **SETTINGS, item_init="zero")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="stretch"):
-        train_recommender(split, right, tmp_path, **SETTINGS, item_init_stretch=1)
-    with pytest.raises(ValueError, match="item_learning_rate"):
-        train_recommender(split, right, tmp_path, **SETTINGS, item_learning_rate=0)
     with pytest.raises(ValueError, match="epochs"):
         train_recommender(split, right, tmp_path, **{**SETTINGS, "epochs": 0})
 
