@@ -6,7 +6,7 @@ or at each user's last one, and the rest of the network runs as usual.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,43 @@ def evaluate_steered(
         return evaluate(TransformerScorer(model), dataset, popularity=popularity, batch_size=batch_size)
 
 
+def share_measure(
+    model: SequenceRecommender,
+    dataset: Dataset,
+    sae: SparseAutoencoder,
+    site: str,
+    attribute: str,
+    *,
+    popularity: np.ndarray,
+    batch_size: int = 256,
+) -> Callable[[SteeringPlan], float]:
+    """The share of an attribute in the top 10 of a sample of users, as a function of a plan.
+
+    It is what :func:`saerec_fast.steering.calibrate` asks for::
+
+        calibrate(plan, 0.3, share_measure(model, sample, sae, site, "Horror", popularity=popularity))
+
+    Args:
+        model: in eval mode.
+        dataset: the sample of users; none of their last items is needed.
+        sae: trained on the model's hidden states at ``site``.
+        site: name of the hidden state the SAE was trained on.
+        attribute: name in the data set's item table.
+        popularity: share of training users per item.
+        batch_size: histories per forward pass; memory only.
+
+    Raises:
+        ValueError: no such attribute.
+    """
+    has_attribute = _has_attribute(dataset, attribute)
+
+    def measure(plan: SteeringPlan) -> float:
+        metrics = evaluate_steered(model, dataset, sae, site, plan, popularity=popularity, batch_size=batch_size)
+        return attribute_share(metrics, has_attribute)
+
+    return measure
+
+
 def control_curve(
     model: SequenceRecommender,
     dataset: Dataset,
@@ -85,10 +122,7 @@ def control_curve(
     Raises:
         ValueError: no such attribute, site or feature, or a value that is not finite.
     """
-    names = dataset.item_table.attribute_names
-    if attribute not in names:
-        raise ValueError(f"attribute: expected one of {', '.join(names)}, got {attribute!r}")
-    has_attribute = dataset.item_table.attributes[:, names.index(attribute)]
+    has_attribute = _has_attribute(dataset, attribute)
     plan = SteeringPlan([Edit(feature, op, 0.0)], mode=mode, positions=positions)  # type: ignore[arg-type]
     points = []
     with attach(model, site_module(model, site), sae, plan, valid=valid_positions) as handle:
@@ -116,3 +150,12 @@ def control_figures(metrics: Metrics, has_attribute: np.ndarray) -> dict[str, fl
         "ndcg@10": float(metrics.ndcg.mean()),
         "hit_rate@10": float(metrics.hit_rate.mean()),
     }
+
+
+def _has_attribute(dataset: Dataset, attribute: str) -> np.ndarray:
+    """Which items have an attribute, bool ``(n_items,)``."""
+    names = dataset.item_table.attribute_names
+    if attribute not in names:
+        raise ValueError(f"attribute: expected one of {', '.join(names)}, got {attribute!r}")
+    column: np.ndarray = dataset.item_table.attributes[:, names.index(attribute)]
+    return column

@@ -43,7 +43,7 @@ def calibrate(
         plan: its values are scaled.
         share: the wanted share, between 0 and 1.
         measure: the share that a plan yields on a sample, such as
-            :func:`saerec_fast.interpret.share_measure` gives.
+            :func:`saerec_fast.interpret.control.share_measure` gives.
         tolerance: a share this close will do.
         largest_factor: strengths above it are not tried.
         max_steps: shares of small samples move in steps; after so many measurements the closest one is taken.

@@ -16,6 +16,7 @@ from saerec_fast.interpret.control import (
     control_curve,
     control_figures,
     evaluate_steered,
+    share_measure,
     valid_positions,
 )
 from saerec_fast.recommender import (
@@ -29,7 +30,8 @@ from saerec_fast.recommender import (
 )
 from saerec_fast.recommender.evaluation import ranking_metrics
 from saerec_fast.sae import SparseAutoencoder
-from saerec_fast.types import Edit, ReLU, SteeringPlan, TopK
+from saerec_fast.steering import calibrate
+from saerec_fast.types import Direction, Edit, ReLU, SteeringPlan, TopK
 
 WIDTH = 16
 ATTRIBUTE = "attribute 1"
@@ -150,6 +152,21 @@ def test_a_feature_along_the_attribute_raises_its_share(
     assert shares == sorted(shares)
     assert shares[-1] > shares[0] + 0.1
     assert all(0 <= point["ndcg@10"] <= point["hit_rate@10"] <= 1 for point in points)
+
+
+def test_a_wanted_share_is_reached(model: SequenceRecommender, split: Split, popularity: np.ndarray) -> None:
+    sae, flags = make_sae(ReLU()), torch.from_numpy(has_attribute(split.test))
+    items = model.item_embeddings.detach()
+    plan = SteeringPlan([Direction(items[flags].mean(0) - items[~flags].mean(0), 10.0)], positions="last")
+    measure = share_measure(model, split.test, sae, "last", ATTRIBUTE, popularity=popularity)
+    before, strong = measure(SteeringPlan()), measure(plan)
+    for share in (before + 0.25 * (strong - before), before + 0.75 * (strong - before)):
+        found = calibrate(plan, share, measure, tolerance=0.01)
+        assert found.share == pytest.approx(share, abs=0.01)
+        steered = evaluate_steered(model, split.test, sae, "last", found.plan, popularity=popularity)
+        assert attribute_share(steered, has_attribute(split.test)) == found.share
+    with pytest.raises(ValueError, match=r"attribute: expected one of attribute 0, .*got 'attribute 9'"):
+        share_measure(model, split.test, sae, "last", "attribute 9", popularity=popularity)
 
 
 def test_nothing_to_change_is_the_untouched_model(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.steering import SteeringHandle, attach
-from saerec_fast.types import BatchTopK, Edit, JumpReLU, ReLU, SteeringPlan, TopK
+from saerec_fast.types import BatchTopK, Direction, Edit, JumpReLU, ReLU, SteeringPlan, TopK
 
 WIDTH = 8
 N_FEATURES = 24
@@ -495,6 +495,118 @@ def test_threads_do_not_see_each_others_masks(sae: SparseAutoencoder) -> None:
     assert not torch.equal(expected[0], expected[1])
     for result, wanted in zip(results, expected, strict=True):
         assert torch.equal(result, wanted)
+
+
+class TestRequest:
+    """Plans of one call in one thread."""
+
+    OTHER = SteeringPlan([Edit(2, "add", -2.0), Direction([1.0] * WIDTH, 0.5)], positions="last")
+
+    @torch.no_grad()
+    def test_rows_follow_plans_of_their_own(self, model: Model, sae: SparseAutoencoder) -> None:
+        hidden, plain = through_block_0(model, TOKENS), model(TOKENS)
+        plans = [SteeringPlan(EDITS), None, self.OTHER, SteeringPlan(EDITS, mode="reconstruct")]
+        with attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item) as handle:
+            with handle.request(plans):
+                steered = model(TOKENS)
+            after = model(TOKENS)
+        assert same_bits(after, plain)
+        assert same_bits(steered[1], plain[1])
+        for row in (0, 2, 3):
+            expected = sae.steer(hidden[row : row + 1], plans[row], valid=is_item(TOKENS[row : row + 1]))
+            torch.testing.assert_close(steered[row], from_block_0(model, expected)[0])
+        assert not same_bits(steered[0], plain[0])
+
+    @torch.no_grad()
+    def test_one_plan_for_the_batch_replaces_that_of_the_handle(self, model: Model, sae: SparseAutoencoder) -> None:
+        with attach(model, "blocks.0", sae, self.OTHER, valid=is_item):
+            expected = model(TOKENS)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item, strengths=[0.0] * 4) as handle:
+            own = model(TOKENS)
+            with handle.request(SteeringPlan(EDITS)), handle.request(self.OTHER):
+                assert same_bits(model(TOKENS), expected)
+            assert same_bits(model(TOKENS), own)
+
+    @torch.no_grad()
+    def test_an_error_leaves_nothing_behind(self, model: Model, sae: SparseAutoencoder) -> None:
+        with attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item) as handle:
+            plain = model(TOKENS)
+            with pytest.raises(RuntimeError, match="asked to"), handle.request(self.OTHER):
+                model(TOKENS, fail=True)
+            assert same_bits(model(TOKENS), plain)
+
+    def test_gradients_flow_through_rows_of_their_own(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item)
+        with handle.request([SteeringPlan(EDITS), None, self.OTHER, None]):
+            model(TOKENS).square().sum().backward()
+        assert model.embedding.weight.grad is not None
+        assert sae.W_dec.grad is not None
+        assert sae.W_dec.grad[7].abs().sum() > 0
+
+    @torch.no_grad()
+    def test_masks_of_one_sequence(self, model: Model, sae: SparseAutoencoder) -> None:
+        mask = torch.tensor([False, True, False, False, True])
+        plan = SteeringPlan(EDITS, positions=mask)
+        with attach(model, "blocks.0", sae, SteeringPlan()) as handle, handle.request([None, plan, None, None]):
+            steered = model(TOKENS)
+        hidden = through_block_0(model, TOKENS)
+        hidden[1] = sae.steer(hidden[1], plan)
+        torch.testing.assert_close(steered, from_block_0(model, hidden))
+
+    @torch.no_grad()
+    def test_threads_do_not_see_each_others_requests(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item)
+        plans = [SteeringPlan([Edit(thread, "add", 1.0 + thread)]) for thread in range(8)]
+
+        @torch.no_grad()
+        def alone(plan: SteeringPlan) -> Tensor:
+            with handle.request(plan):
+                return model(TOKENS)
+
+        expected = [alone(plan) for plan in plans]
+        wrong: list[int] = []
+
+        def work(thread: int) -> None:
+            answers = [alone(plans[thread]) for _ in range(50)]
+            wrong.extend(thread for answer in answers if not same_bits(answer, expected[thread]))
+
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert not any(same_bits(one, expected[0]) for one in expected[1:])
+
+    @torch.no_grad()
+    def test_compiled_code_follows_requests(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        plain = compiled(TOKENS)
+        for plan in (self.OTHER, [SteeringPlan(EDITS), None, self.OTHER, None]):
+            with handle.request(plan):
+                torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
+                assert not torch.equal(compiled(TOKENS), plain)
+        assert torch.equal(compiled(TOKENS), plain)
+
+    def test_errors(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan())
+        with (
+            pytest.raises(ValueError, match=r"feature.*23, got 24"),
+            handle.request([SteeringPlan([Edit(24, "add", 1)])]),
+        ):
+            pass
+        with pytest.raises(ValueError, match="directions of width 8"), handle.request(SteeringPlan([Direction([1.0])])):
+            pass
+        with pytest.raises(TypeError, match="expected a SteeringPlan or a list of them, got str"), handle.request("x"):  # type: ignore[arg-type]
+            pass
+        with pytest.raises(TypeError, match="plan: expected a SteeringPlan, got int"), handle.request([3]):  # type: ignore[list-item]
+            pass
+        with handle.request([None]), pytest.raises(ValueError, match=r"a plan or None for each of \(4,\), got 1"):
+            model(TOKENS)
+        handle.detach()
+        with pytest.raises(RuntimeError, match="detached"), handle.request(self.OTHER):
+            pass
 
 
 class TestCompiled:
