@@ -172,6 +172,7 @@ void copy_row(const Matrix& from, int64_t from_row, const Matrix& to, int64_t to
 // The rows of one plan: [0, count) of x where `rows` is empty, else those listed, ascending.
 struct Job {
   const CompiledPlan* plan = nullptr;
+  const Offset* offset = nullptr;  // where all sequences share it
   int64_t count = 0;
   std::vector<int64_t> rows;
 
@@ -189,7 +190,7 @@ class ChunkSteerer {
         thresholds_(thresholds),
         first_(first),
         scratch_(thread_steer_scratch()),
-        offset_(params, plan_, weights.shift) {
+        own_offset_(params, plan_, weights.shift) {
     if (job.rows.empty()) {
       x_ = row_range(params.x, first, rows);
       out_ = row_range(params.out, first, rows);
@@ -210,17 +211,15 @@ class ChunkSteerer {
       encode_all();
     } else {
       encode_edited();
-      for (int64_t r = 0; r < x_.rows; ++r) {
-        emit_changes(r);
-        end_row();
-      }
+      emit_changes();
     }
     for (int64_t begin = 0; begin < x_.rows;) {
-      const int64_t end = offset_.same_for_all() ? x_.rows : end_of_sequence(begin);
-      offset_.move_to(sequence(begin));
-      decode(begin, end);
+      const int64_t end = job_.offset != nullptr ? x_.rows : end_of_sequence(begin);
+      if (job_.offset == nullptr) own_offset_.move_to(sequence(begin));
+      const Offset& offset = job_.offset != nullptr ? *job_.offset : own_offset_;
+      decode(offset, begin, end);
       for (int64_t r = begin; r < end; ++r) {
-        if (unchanged(r)) copy_row(x_, r, out_, r);
+        if (unchanged(offset, r)) copy_row(x_, r, out_, r);
       }
       begin = end;
     }
@@ -240,8 +239,8 @@ class ChunkSteerer {
     return row;
   }
 
-  bool unchanged(int64_t row) const {
-    return !plan_.plan->reconstruct && !offset_.changes() && scratch_.offsets[row] == scratch_.offsets[row + 1];
+  bool unchanged(const Offset& offset, int64_t row) const {
+    return !plan_.plan->reconstruct && !offset.changes() && scratch_.offsets[row] == scratch_.offsets[row + 1];
   }
 
   void emit(int64_t feature, float value) {
@@ -259,8 +258,11 @@ class ChunkSteerer {
     if (params_.k == 0) {
       encode_feature_list(thread_encoder_scratch(), x_, weights_, plan_.feature_ids.data(), slots,
                           scratch_.activations.data());
-      for (int64_t i = 0; i < x_.rows * slots; ++i) {
-        if (scratch_.activations[i] <= plan_.slot_threshold[i % slots]) scratch_.activations[i] = 0.0f;
+      float* activation = scratch_.activations.data();
+      for (int64_t r = 0; r < x_.rows; ++r) {
+        for (int64_t slot = 0; slot < slots; ++slot, ++activation) {
+          if (*activation <= plan_.slot_threshold[slot]) *activation = 0.0f;
+        }
       }
       return;
     }
@@ -338,26 +340,40 @@ class ChunkSteerer {
       use(slot, before[slot], scratch_.edited[static_cast<std::size_t>(slot)]);
   }
 
-  void emit_changes(int64_t row) {
-    edit_row(row, [&](int64_t slot, float before, float after) {
-      const float change = after - before;
-      if (change != 0.0f) emit(plan_.features[slot], change);
-    });
+  void emit_changes() {
+    const int64_t slots = plan_.slots();
+    if (slots == 0) {
+      scratch_.offsets.assign(static_cast<std::size_t>(x_.rows + 1), 0);
+      return;
+    }
+    scratch_.offsets.resize(static_cast<std::size_t>(x_.rows + 1));
+    scratch_.features.resize(static_cast<std::size_t>(x_.rows * slots));
+    scratch_.values.resize(static_cast<std::size_t>(x_.rows * slots));
+    int64_t count = 0;
+    for (int64_t row = 0; row < x_.rows; ++row) {
+      edit_row(row, [&](int64_t slot, float before, float after) {
+        const float change = after - before;
+        scratch_.features[count] = plan_.features[slot];
+        scratch_.values[count] = change;
+        // "Not ==": a NaN changes the row.
+        count += !(change == 0.0f);
+      });
+      scratch_.offsets[row + 1] = count;
+    }
   }
 
   void emit_edited(int64_t row) {
     edit_row(row, [&](int64_t slot, float, float after) { emit(plan_.features[slot], after); });
   }
 
-  // Rows [begin, end) of the chunk, which share an offset.
-  void decode(int64_t begin, int64_t end) const {
+  void decode(const Offset& offset, int64_t begin, int64_t end) const {
     DecodeTask task;
     task.begins = scratch_.offsets.data() + begin;
     task.ends = task.begins + 1;
     task.indices = {scratch_.features.data(), IndexType::kInt64};
     task.values = {scratch_.values.data(), DType::kFloat32, static_cast<int64_t>(scratch_.values.size()), 1};
     task.weight = params_.weight_dec;
-    task.bias = offset_.data();
+    task.bias = offset.data();
     if (!plan_.plan->reconstruct) task.base = row_range(x_, begin, end - begin);
     task.out = row_range(out_, begin, end - begin);
     active_kernels().decode_rows(task);
@@ -396,7 +412,7 @@ class ChunkSteerer {
   const float* thresholds_;
   int64_t first_;
   SteerScratch& scratch_;
-  Offset offset_;
+  Offset own_offset_;
   Matrix x_;
   Matrix out_;
 };
@@ -448,7 +464,7 @@ float steer(const SteerParams& params) {
   std::vector<CompiledPlan> plans;
   for (int64_t p = 0; p < params.n_plans; ++p) plans.push_back(compile(params, params.plans[p]));
   std::vector<int32_t> plan_of_row;
-  const std::vector<Job> jobs = jobs_of(params, plans, plan_of_row);
+  std::vector<Job> jobs = jobs_of(params, plans, plan_of_row);
 
   int64_t encoded_rows = 0, operations = 0;
   bool needs_thresholds = false;
@@ -464,6 +480,15 @@ float steer(const SteerParams& params) {
                       params.k, params.threads);
   const std::vector<float> thresholds =
       needs_thresholds ? widened_thresholds(params.thresholds, params.weight_enc.rows) : std::vector<float>();
+
+  std::vector<Offset> offsets;
+  offsets.reserve(jobs.size());
+  for (Job& job : jobs) {
+    offsets.emplace_back(params, *job.plan, weights.shift);
+    if (!offsets.back().same_for_all()) continue;
+    offsets.back().move_to(0);
+    job.offset = &offsets.back();
+  }
 
   const int threads = useful_threads(params.threads, operations);
   std::vector<Chunk> chunks;
