@@ -258,10 +258,12 @@ class ChunkSteerer {
     if (params_.k == 0) {
       encode_feature_list(thread_encoder_scratch(), x_, weights_, plan_.feature_ids.data(), slots,
                           scratch_.activations.data());
+      const float* thresholds = plan_.slot_threshold.data();
       float* activation = scratch_.activations.data();
-      for (int64_t r = 0; r < x_.rows; ++r) {
-        for (int64_t slot = 0; slot < slots; ++slot, ++activation) {
-          if (*activation <= plan_.slot_threshold[slot]) *activation = 0.0f;
+      for (int64_t r = 0; r < x_.rows; ++r, activation += slots) {
+        // Written always: which features fire is nothing a branch predictor could learn.
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          activation[slot] = activation[slot] <= thresholds[slot] ? 0.0f : activation[slot];
         }
       }
       return;
