@@ -23,6 +23,10 @@ constexpr int64_t kMinRowsToPack = 16;
 constexpr int64_t kMinFeaturesPerSelected = 8;
 constexpr int64_t kMinFeaturesToScreen = 256;
 
+// Bytes of codes that the second-level cache of any CPU of the last years holds beside the rows.
+constexpr int64_t kCachedCodes = 1 << 20;
+constexpr int64_t kTasksPerThread = 4;
+
 EncodeTask encode_task(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t begin,
                        int64_t end) {
   EncodeTask task;
@@ -227,8 +231,12 @@ SweepPartition partition_sweep(int64_t rows, int64_t features, int64_t d, int th
   partition.threads = useful_threads(threads, sweep_operations(rows, features, d));
   partition.segment_features = std::max<int64_t>(features, 1);
   if (rows == 0) return partition;
+  // Where the codes stay in the second-level cache, several tasks a thread cost nothing, and a thread that comes late
+  // or is slow keeps the others waiting for less.
+  const int64_t tasks =
+      partition.threads * (partition.threads > 1 && features * d <= kCachedCodes ? kTasksPerThread : 1);
   // Chunks of a multiple of 8 rows fill the row tiles of every tier but for the last chunk.
-  const int64_t share = round_up((rows + partition.threads - 1) / partition.threads, 8);
+  const int64_t share = round_up((rows + tasks - 1) / tasks, 8);
   partition.chunk_rows = std::min(std::min(share, kChunkRows), rows);
   partition.chunks = (rows + partition.chunk_rows - 1) / partition.chunk_rows;
   if (split_features && partition.chunks < partition.threads) {
