@@ -24,9 +24,7 @@ class SteerCall {
   SteerCall(int device, int dtype, const py::tuple& x, const py::tuple& weight_enc, const py::object& bias,
             const py::object& shift, const py::tuple& weight_dec, int64_t k, const py::object& thresholds,
             bool reconstruct, std::vector<int64_t> edit_features, std::vector<int64_t> edit_ops)
-      : device_(saerec::cuda_device(device)),
-        edit_features_(std::move(edit_features)),
-        edit_ops_(std::move(edit_ops)) {
+      : device_(saerec::cuda_device(device)), edit_features_(std::move(edit_features)), edit_ops_(std::move(edit_ops)) {
     params_.x = matrix(x, dtype);
     params_.weight_enc = matrix(weight_enc, dtype);
     params_.bias = vector(bias, dtype);

@@ -19,9 +19,7 @@ SAEREC_DEVICE uint32_t score_key(float score) {
 }
 
 // The score of a key; that of kNanKey is a NaN.
-SAEREC_DEVICE float key_score(uint32_t key) {
-  return bits_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
-}
+SAEREC_DEVICE float key_score(uint32_t key) { return bits_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key); }
 
 // The selected features: those above the cut's key, and those at it up to feature `last`.
 struct Cut {
@@ -102,7 +100,8 @@ SAEREC_DEVICE uint32_t compact(Machine& machine, int begin, int end, uint32_t* w
   return total;
 }
 
-// The cut of the k best of keys[0, n), 1 <= k <= n. Begins and ends with a barrier; all threads get the result.
+// The cut of the k best of keys[0, n), 1 <= k <= n, for all threads. The keys must be visible to all of them, and no
+// scan may be reading scratch.warps; when a thread returns, none does.
 template <class Machine>
 SAEREC_DEVICE Cut select_top_k(Machine& machine, const uint32_t* keys, int n, int k, const SelectionScratch& scratch) {
   const int thread = machine.thread();
@@ -157,7 +156,6 @@ SAEREC_DEVICE Cut select_top_k(Machine& machine, const uint32_t* keys, int n, in
     machine.sync();
     cut.last = static_cast<int>(scratch.result[3]);
   }
-  machine.sync();
   return cut;
 }
 

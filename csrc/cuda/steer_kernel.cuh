@@ -10,8 +10,8 @@
 //                where dictionaries are larger than that). After one cluster barrier every block finishes its rows.
 //
 // Score: float32 fused multiply-adds of (x - shift) and weights. Eight lanes share a feature: lane l sums the columns
-// whose 16-byte vector has index l modulo 8, in ascending order; then the lanes are added as a tree (distances 4, 2, 1);
-// bias last. The order depends on d and the element size alone, so a score has the same bits for any batch, tile,
+// whose 16-byte vector has index l modulo 8, in ascending order; then the lanes are added as a tree (distances 4, 2,
+// 1); bias last. The order depends on d and the element size alone, so a score has the same bits for any batch, tile,
 // cluster or list it is computed in. Decoding adds entries in ascending order of feature in as many interleaved sums as
 // threads share a column, and then those sums in order.
 //
@@ -64,7 +64,7 @@ struct KernelArguments {
   int64_t rows;
   int32_t n, d, k;
   bool reconstruct;
-  bool needs_scores;  // steer_slots: some slot depends on its activation
+  bool needs_scores;                            // steer_slots: some slot depends on its activation
   bool weight_enc_aligned, weight_dec_aligned;  // every row starts at a multiple of 16 bytes
   KernelPlan plan;
 };
@@ -349,8 +349,8 @@ SAEREC_DEVICE void decode(Machine& machine, const KernelArguments& arguments, co
       for (uint32_t e = static_cast<uint32_t>(group); e < count; e += static_cast<uint32_t>(groups)) {
         const float value = shared.values[e];
         float weights[kVector];
-        load_columns<Element>(weight + static_cast<int64_t>(shared.features[e]) * arguments.weight_dec_stride, column, d,
-                              arguments.weight_dec_aligned, weights);
+        load_columns<Element>(weight + static_cast<int64_t>(shared.features[e]) * arguments.weight_dec_stride, column,
+                              d, arguments.weight_dec_aligned, weights);
         SAEREC_UNROLL
         for (int i = 0; i < kVector; ++i) own[i] = fmaf(value, weights[i], own[i]);
       }
@@ -429,7 +429,7 @@ SAEREC_DEVICE void finish_reconstruct(Machine& machine, const KernelArguments& a
     const auto write = [&](uint32_t place, int feature) {
       const float value = top_k ? key_score(keys[feature]) : bits_float(keys[feature]);
       shared.features[count + place] = feature;
-      shared.values[count + place] = value < 0.0f ? 0.0f : value;
+      shared.values[count + place] = top_k && value < 0.0f ? 0.0f : value;
     };
     count += compact(machine, begin, end, shared.small, wanted, write);
     machine.sync();

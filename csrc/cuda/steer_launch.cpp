@@ -10,7 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr int kTileRows[] = {1, 4, 8};
-constexpr int kMostClusterBlocks = 8;       // the most that every chip with clusters takes
+constexpr int kMostClusterBlocks = 8;        // the most that every chip with clusters takes
 constexpr int64_t kLeastSliceFeatures = 64;  // smaller slices leave warps of a block without a tile
 constexpr int kClusterCapability = 90;
 constexpr int kLeastCapability = 80;
@@ -53,8 +53,8 @@ bool rows_aligned(const Matrix& matrix) {
 }
 
 int64_t shared_bytes(const SteerParams& params, int tile_rows, int64_t owned_rows) {
-  return 4 * layout_of(vector_elements(params.x.dtype), tile_rows, owned_rows,
-                       static_cast<int>(params.weight_enc.rows), static_cast<int>(params.x.cols))
+  return 4 * layout_of(vector_elements(params.x.dtype), tile_rows, owned_rows, static_cast<int>(params.weight_enc.rows),
+                       static_cast<int>(params.x.cols))
                  .words;
 }
 
@@ -86,7 +86,8 @@ std::string problem(const SteerParams& params, const CudaDevice& device) {
     return "device: expected compute capability 8.0 or newer, got " + text(device.capability / 10) + "." +
            text(device.capability % 10);
   }
-  if (encodes(params) && params.k > kMaxTopK) return "k: expected at most " + text(kMaxTopK) + ", got " + text(params.k);
+  if (encodes(params) && params.k > kMaxTopK)
+    return "k: expected at most " + text(kMaxTopK) + ", got " + text(params.k);
   if (params.n_edits > kMaxEdits) return "edits: expected at most " + text(kMaxEdits) + ", got " + text(params.n_edits);
   if (params.weight_enc.rows > kMost32 / 2) {
     return "W_enc: expected at most " + text(kMost32 / 2) + " features, got " + text(params.weight_enc.rows);

@@ -21,6 +21,9 @@ try:
 except ImportError as error:
     _extension, _import_problem = None, f"the CUDA extension is missing ({error}); build with -DSAEREC_CUDA=ON and nvcc"
 
+# kMaxEdits of csrc/cuda/steer_kernel.cuh.
+MAX_EDITS = 256
+
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -1,9 +1,9 @@
 // steer (saerec/steer.h) for a serving batch on a CUDA device, in one launch on a stream.
 //
 // All addresses are of the device but those of the plan (edit_features, edit_ops). Weight matrices have unit column
-// stride. Nothing is allocated and nothing waits for the device, so the launch can be captured in a CUDA graph; the plan
-// is part of the launch, what edit_values and row_mask hold is read when it runs. params.packed and params.threads are
-// not used.
+// stride. Nothing is allocated and nothing waits for the device, so the launch can be captured in a CUDA graph; the
+// plan is part of the launch, what edit_values and row_mask hold is read when it runs. params.packed and params.threads
+// are not used.
 #pragma once
 
 #include <cstdint>

@@ -4,6 +4,7 @@ the same choice of launch, thread by thread; see emulation/machine.h."""
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ _SOURCES = [
     ROOT / "csrc/cuda/steer_launch.cpp",
     ROOT / "csrc/cpu/convert.cpp",
 ]
+_HEADERS = [Path(__file__).parent / "emulation", *(ROOT / "csrc" / name for name in ("include/saerec", "cpu", "cuda"))]
 # Out-of-range shifts, misaligned loads and overflows end the process.
 _CHECKS = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-static-libubsan"]
 _MESSAGE_BYTES = 1000
@@ -29,15 +31,28 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def build(folder: Path) -> ctypes.CDLL:
+def build() -> ctypes.CDLL:
+    """Compiles the kernels for the CPU, once for each state of their sources."""
+    digest = hashlib.sha256(repr((compiler(), _CHECKS)).encode())
+    for path in sorted([*_SOURCES, *(p for folder in _HEADERS for p in folder.glob("*.*h"))]):
+        digest.update(path.read_bytes())
+    library = ROOT / "build" / "emulation" / f"{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        _compile(unfinished)
+        unfinished.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(library: Path) -> None:
     command = [compiler() or "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra"]
     # Fortified longjmp refuses to leave one stack for another, which is how fibers are switched.
     command += ["-Werror", "-U_FORTIFY_SOURCE", *(f"-I{ROOT / 'csrc' / name}" for name in ("include", "cpu", "cuda"))]
-    command += [*map(str, _SOURCES), "-o", str(folder / "emulation.so")]
+    command += [*map(str, _SOURCES), "-o", str(library)]
     checked = subprocess.run([*command, *_CHECKS], capture_output=True, text=True)
     if checked.returncode:  # a compiler without that runtime; its own errors show again
         subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / "emulation.so"))
 
 
 @dataclass(frozen=True)

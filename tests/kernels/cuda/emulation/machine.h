@@ -1,7 +1,7 @@
 // Runs kernel code on the CPU: every thread of a cluster is a fiber, which runs until it waits for others.
 //
-// One fiber runs at a time, so races cannot corrupt anything; they show as results that depend on the order. A warp runs
-// as far as it can before the next one has its turn, in an order drawn from a seed, and so do its lanes: a missing
+// One fiber runs at a time, so races cannot corrupt anything; they show as results that depend on the order. A warp
+// runs as far as it can before the next one has its turn, in an order drawn from a seed, and so do its lanes: a missing
 // barrier gives a thread ahead of the others stale or overwritten values in one order or another. Shared memory starts
 // as NaN, between guards. Threads that wait at different barriers end the launch with an error.
 #pragma once

@@ -1,5 +1,5 @@
-// The C interface of the emulated kernels, for tests/kernels/cuda/emulation.py. Functions return 0, or 1 with the reason
-// in `message`.
+// The C interface of the emulated kernels, for tests/kernels/cuda/emulation.py. Functions return 0, or 1 with the
+// reason in `message`.
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
