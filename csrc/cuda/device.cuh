@@ -14,10 +14,14 @@
 #define SAEREC_DEVICE __device__ __forceinline__
 #define SAEREC_HOST_DEVICE __host__ __device__
 #define SAEREC_UNROLL _Pragma("unroll")
+// By a constant expression that is in scope.
+#define SAEREC_UNROLL_BY(count) SAEREC_PRAGMA(unroll count)
+#define SAEREC_PRAGMA(text) _Pragma(#text)
 #else
 #define SAEREC_DEVICE inline
 #define SAEREC_HOST_DEVICE
 #define SAEREC_UNROLL
+#define SAEREC_UNROLL_BY(count)
 #endif
 
 namespace saerec {
@@ -178,7 +182,8 @@ SAEREC_DEVICE Vector16 load_vector_shared(const float* place) {
 #endif
 }
 
-SAEREC_DEVICE void widen_vector(Float32, const Vector16& vector, float (&out)[4]) {
+// Elements [part, part + 4) of a vector; part is a multiple of 4.
+SAEREC_DEVICE void widen_four(Float32, const Vector16& vector, int, float (&out)[4]) {
   out[0] = bits_float(vector.x);
   out[1] = bits_float(vector.y);
   out[2] = bits_float(vector.z);
@@ -186,25 +191,19 @@ SAEREC_DEVICE void widen_vector(Float32, const Vector16& vector, float (&out)[4]
 }
 
 template <class Element>
-SAEREC_DEVICE void widen_vector(Element, const Vector16& vector, float (&out)[8]) {
-  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-  SAEREC_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = Element::widen(static_cast<uint16_t>(words[i] & 0xffffu));
-    out[2 * i + 1] = Element::widen(static_cast<uint16_t>(words[i] >> 16));
-  }
+SAEREC_DEVICE void widen_four(Element, const Vector16& vector, int part, float (&out)[4]) {
+  const uint32_t low = part == 0 ? vector.x : vector.z, high = part == 0 ? vector.y : vector.w;
+  out[0] = Element::widen(static_cast<uint16_t>(low & 0xffffu));
+  out[1] = Element::widen(static_cast<uint16_t>(low >> 16));
+  out[2] = Element::widen(static_cast<uint16_t>(high & 0xffffu));
+  out[3] = Element::widen(static_cast<uint16_t>(high >> 16));
 }
 
-// Columns [column, column + kVector) of a row of d elements, zeros beyond its end.
+// Columns [column, column + 4) of a row at any address, zeros beyond its d elements.
 template <class Element>
-SAEREC_DEVICE void load_columns(const typename Element::Storage* row, int column, int d, bool aligned,
-                                float (&out)[Element::kVector]) {
-  if (aligned && column + Element::kVector <= d) {
-    widen_vector(Element{}, load_vector(row + column), out);
-    return;
-  }
+SAEREC_DEVICE void load_four(const typename Element::Storage* row, int column, int d, float (&out)[4]) {
   SAEREC_UNROLL
-  for (int i = 0; i < Element::kVector; ++i) out[i] = column + i < d ? Element::widen(row[column + i]) : 0.0f;
+  for (int j = 0; j < 4; ++j) out[j] = column + j < d ? Element::widen(row[column + j]) : 0.0f;
 }
 
 }  // namespace cuda

@@ -194,6 +194,31 @@ SAEREC_DEVICE void add_lanes(Machine& machine, int distance, float* values) {
   }
 }
 
+// sums[i * kRows + r] += x[r] * weights of feature i, over the lane's columns from `column` on. weights(i, part, out)
+// gives columns [column + part, column + part + 4).
+template <class Element, int kRows, class Weights>
+SAEREC_DEVICE void add_products(const SharedMemory<Element>& shared, int column, const Weights& weights,
+                                float (&sums)[kFeaturesPerGroup * kRows]) {
+  const float* x = shared.x + x_place<Element>(column);
+  SAEREC_UNROLL
+  for (int part = 0; part < Element::kVector; part += 4) {
+    float ws[kFeaturesPerGroup][4];
+    SAEREC_UNROLL
+    for (int i = 0; i < kFeaturesPerGroup; ++i) weights(i, part, ws[i]);
+    SAEREC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float xs[4];
+      const float* place = x + r * shared.layout.columns + part * kFeatureLanes;
+      widen_four(Float32{}, load_vector_shared(place), 0, xs);
+      SAEREC_UNROLL
+      for (int i = 0; i < kFeaturesPerGroup; ++i) {
+        SAEREC_UNROLL
+        for (int j = 0; j < 4; ++j) sums[i * kRows + r] = fmaf(xs[j], ws[i][j], sums[i * kRows + r]);
+      }
+    }
+  }
+}
+
 // Scores of items [begin, end) for kRows rows in shared memory: use(item, row, score), once each. feature(item) is the
 // dictionary's row. All threads of a block call it; its warps take tiles in turn.
 template <class Element, int kRows, class Machine, class Feature, class Use>
@@ -209,7 +234,12 @@ SAEREC_DEVICE void score(Machine& machine, const KernelArguments& arguments, con
   const int group = thread % kWarpSize / kFeatureLanes, warp = thread / kWarpSize;
   const Storage* weight = static_cast<const Storage*>(arguments.weight_enc);
   const Storage* bias = static_cast<const Storage*>(arguments.bias);
+  constexpr int kRound = kVector * kFeatureLanes;
+  // Rounds whose loads are under way together; with 8 rows there are no registers for two.
+  [[maybe_unused]] constexpr int kRoundsAtOnce = kRows > 4 ? 1 : 2;
   const int columns = shared.layout.columns;
+  // Columns of rounds that all eight lanes can load as vectors.
+  const int whole = arguments.weight_enc_aligned ? arguments.d / kRound * kRound : 0;
 
   for (int first = begin + warp * kWarpFeatures; first < end; first += kWarps * kWarpFeatures) {
     const Storage* rows[kFeaturesPerGroup];
@@ -221,28 +251,21 @@ SAEREC_DEVICE void score(Machine& machine, const KernelArguments& arguments, con
     float sums[kSums];
     SAEREC_UNROLL
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-    for (int column = lane * kVector; column < columns; column += kFeatureLanes * kVector) {
-      float weights[kFeaturesPerGroup][kVector];
+    int column = lane * kVector;
+    SAEREC_UNROLL_BY(kRoundsAtOnce)
+    for (; column < whole; column += kRound) {
+      Vector16 vectors[kFeaturesPerGroup];
       SAEREC_UNROLL
-      for (int i = 0; i < kFeaturesPerGroup; ++i) {
-        load_columns<Element>(rows[i], column, arguments.d, arguments.weight_enc_aligned, weights[i]);
-      }
-      const float* x = shared.x + (column - lane * kVector) + lane * 4;
-      SAEREC_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        SAEREC_UNROLL
-        for (int half = 0; half < kVector / 4; ++half) {
-          float xs[4];
-          widen_vector(Float32{}, load_vector_shared(x + r * columns + half * (4 * kFeatureLanes)), xs);
-          SAEREC_UNROLL
-          for (int i = 0; i < kFeaturesPerGroup; ++i) {
-            SAEREC_UNROLL
-            for (int j = 0; j < 4; ++j) {
-              sums[i * kRows + r] = fmaf(xs[j], weights[i][half * 4 + j], sums[i * kRows + r]);
-            }
-          }
-        }
-      }
+      for (int i = 0; i < kFeaturesPerGroup; ++i) vectors[i] = load_vector(rows[i] + column);
+      add_products<Element, kRows>(
+          shared, column, [&](int i, int part, float (&out)[4]) { widen_four(Element{}, vectors[i], part, out); },
+          sums);
+    }
+    for (; column < columns; column += kRound) {
+      add_products<Element, kRows>(
+          shared, column,
+          [&](int i, int part, float (&out)[4]) { load_four<Element>(rows[i], column + part, arguments.d, out); },
+          sums);
     }
     add_lanes<kSums>(machine, 4, sums);
     add_lanes<(kSums >= 2 ? kSums / 2 : 1)>(machine, 2, sums);
@@ -345,14 +368,40 @@ SAEREC_DEVICE void decode(Machine& machine, const KernelArguments& arguments, co
     float own[kVector];
     SAEREC_UNROLL
     for (int i = 0; i < kVector; ++i) own[i] = 0.0f;
-    if (column < d) {
-      for (uint32_t e = static_cast<uint32_t>(group); e < count; e += static_cast<uint32_t>(groups)) {
-        const float value = shared.values[e];
+    const auto add_entry = [&](uint32_t e, const float (&weights)[kVector]) {
+      const float value = shared.values[e];
+      SAEREC_UNROLL
+      for (int i = 0; i < kVector; ++i) own[i] = fmaf(value, weights[i], own[i]);
+    };
+    const auto row_of = [&](uint32_t e) {
+      return weight + static_cast<int64_t>(shared.features[e]) * arguments.weight_dec_stride;
+    };
+    uint32_t e = static_cast<uint32_t>(group);
+    if (arguments.weight_dec_aligned && column + kVector <= d) {
+      SAEREC_UNROLL_BY(4)
+      for (; e < count; e += static_cast<uint32_t>(groups)) {
+        const Vector16 vector = load_vector(row_of(e) + column);
         float weights[kVector];
-        load_columns<Element>(weight + static_cast<int64_t>(shared.features[e]) * arguments.weight_dec_stride, column,
-                              d, arguments.weight_dec_aligned, weights);
         SAEREC_UNROLL
-        for (int i = 0; i < kVector; ++i) own[i] = fmaf(value, weights[i], own[i]);
+        for (int part = 0; part < kVector; part += 4) {
+          float four[4];
+          widen_four(Element{}, vector, part, four);
+          SAEREC_UNROLL
+          for (int j = 0; j < 4; ++j) weights[part + j] = four[j];
+        }
+        add_entry(e, weights);
+      }
+    } else if (column < d) {
+      for (; e < count; e += static_cast<uint32_t>(groups)) {
+        float weights[kVector];
+        SAEREC_UNROLL
+        for (int part = 0; part < kVector; part += 4) {
+          float four[4];
+          load_four<Element>(row_of(e), column + part, d, four);
+          SAEREC_UNROLL
+          for (int j = 0; j < 4; ++j) weights[part + j] = four[j];
+        }
+        add_entry(e, weights);
       }
     }
     SAEREC_UNROLL
@@ -473,7 +522,8 @@ SAEREC_DEVICE void finish_row(Machine& machine, const KernelArguments& arguments
 
 template <class Element, int kRows, class Machine>
 SAEREC_DEVICE void steer_encoded(Machine& machine, const KernelArguments& arguments) {
-  const int rank = machine.rank(), ranks = machine.ranks();
+  const int rank = machine.rank(), ranks = machine.ranks();  // ranks: 1, 2, 4 or 8
+  const int rank_bits = (ranks > 1 ? 1 : 0) + (ranks > 2 ? 1 : 0) + (ranks > 4 ? 1 : 0);
   const int64_t first = machine.cluster() * kRows, left = arguments.rows - first;
   const int count = left < kRows ? static_cast<int>(left) : kRows;
   const int64_t owned = arguments.keys != nullptr ? 0 : (kRows + ranks - 1) / ranks;
@@ -503,15 +553,15 @@ SAEREC_DEVICE void steer_encoded(Machine& machine, const KernelArguments& argume
           if (arguments.keys != nullptr) {
             arguments.keys[(first + r) * arguments.n + feature] = key;
           } else {
-            const int64_t place = static_cast<int64_t>(r / ranks) * arguments.n + feature;
-            *machine.remote(shared.keys + place, r % ranks) = key;
+            const int64_t place = static_cast<int64_t>(r >> rank_bits) * arguments.n + feature;
+            *machine.remote(shared.keys + place, r & (ranks - 1)) = key;
           }
         });
     machine.sync_cluster();
   }
   for (int r = rank; r < count; r += ranks) {
     const uint32_t* keys = arguments.keys != nullptr ? arguments.keys + (first + r) * arguments.n
-                                                     : shared.keys + static_cast<int64_t>(r / ranks) * arguments.n;
+                                                     : shared.keys + static_cast<int64_t>(r >> rank_bits) * arguments.n;
     finish_row(machine, arguments, shared, first + r, keys);
     machine.sync();
   }

@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU: an object with the interface of ``saerec_fast._cuda`` that runs the same kernel code, and
-the same choice of launch, thread by thread; see emulation/machine.h."""
+"""The CUDA kernels on the CPU: an object with the interface of ``saerec_fast._cuda`` that runs the same kernel code,
+and the same choice of launch, thread by thread; see emulation/machine.h."""
 
 from __future__ import annotations
 

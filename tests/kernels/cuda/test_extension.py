@@ -41,7 +41,7 @@ def test_without_a_gpu_there_are_reasons_and_errors(module: ModuleType, monkeypa
     assert devices == 0
     assert reason
     matrix = (0, 1, 1, 1, 1)
-    with pytest.raises(RuntimeError, match="CUDA: cudaDeviceGetAttribute: .+"):
+    with pytest.raises(RuntimeError, match="CUDA: cudaDeviceGetAttribute: "):
         module.SteerCall(0, 0, matrix, matrix, None, None, matrix, 1, None, True, [0], [1])
     monkeypatch.setattr(cuda, "_extension", module)
     assert cuda.available() == "torch sees no CUDA device"
