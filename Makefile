@@ -24,7 +24,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo bench bench-quick cuda gpu lint format sanitize symbols wheel clean
+.PHONY: help setup test demo bench bench-quick cuda gpu gpu-build gpu-test gpu-sanitize lint format sanitize symbols wheel clean
 
 help:
 	@echo 'make test       set up .venv, build the extension, run the tests (ARGS="-k topk" to choose)'
@@ -94,23 +94,32 @@ cuda: setup
 	SAEREC_CUDA_MODULE=$(CUDA_BUILD)/site $(BIN)/python -m pytest -q tests/kernels/cuda/test_extension.py
 
 # Tests and benchmarks import what was built, not the sources: PYTHONSAFEPATH keeps the working directory off the path.
-# compute-sanitizer checks every access of the sizes on integers; without torch's cache each tensor is an allocation.
-gpu: export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site
-gpu: export PYTHONSAFEPATH := 1
-gpu: export SAEREC_REQUIRE_GPU := 1
+gpu gpu-build gpu-test gpu-sanitize: export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site
+gpu gpu-build gpu-test gpu-sanitize: export PYTHONSAFEPATH := 1
+gpu gpu-test gpu-sanitize: export SAEREC_REQUIRE_GPU := 1
 gpu:
 	@env -u PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py --check
+	$(MAKE) gpu-build
+	$(MAKE) gpu-test
+	$(MAKE) gpu-sanitize
+	$(GPU_PYTHON) benchmarks/gpu.py
+
+gpu-build:
 	rm -rf $(GPU_BUILD)/site
 	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_BUILD)/site $(WHEELS)/*.whl)
 	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT PATH="$$PATH:/usr/local/cuda/bin" $(GPU_PYTHON) -m pip install -q \
 	  --no-index --no-deps --no-build-isolation --upgrade --target $(GPU_BUILD)/site . \
 	  --config-settings=cmake.define.SAEREC_CUDA=ON --config-settings=build-dir=$(GPU_BUILD)/cmake
+
+gpu-test:
 	$(GPU_PYTHON) -m pytest -q $(GPU_TESTS) -k "not emulated" $(ARGS)
+
+# On the sizes on integers; without torch's cache each tensor is an allocation of its own, and what lies beyond it shows.
+gpu-sanitize:
 	@command -v compute-sanitizer > /dev/null || echo 'make gpu: no compute-sanitizer on this machine, skipped'
 	for tool in memcheck racecheck synccheck; do ! command -v compute-sanitizer > /dev/null || \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	  $(GPU_PYTHON) -m pytest -q tests/kernels/cuda/test_steer.py -k "on_device and sizes and float32" || exit 1; done
-	$(GPU_PYTHON) benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -72,6 +72,25 @@ void launch_for(const SteerLaunch& launch, cudaStream_t stream) {
   }
 }
 
+// The caller's current device is what it was when this ends: PyTorch asks the driver for it.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != previous_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
 int attribute_of(int device, cudaDeviceAttr attribute) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
@@ -109,7 +128,7 @@ void cuda_steer(const SteerParams& params, const CudaDevice& device, void* works
                                 std::to_string(workspace_bytes));
   }
   if (launch.workspace_bytes > 0) launch.arguments.keys = static_cast<uint32_t*>(workspace);
-  cuda::check(cudaSetDevice(device.index), "cudaSetDevice");
+  const cuda::DeviceGuard guard(device.index);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (params.x.dtype) {
     case DType::kFloat32:

@@ -374,6 +374,21 @@ def test_replays_of_a_cuda_graph_read_what_the_tensors_hold(on_device) -> None:
         assert_same_bits(out.cpu(), steer().cpu())
 
 
+def test_a_gpu_gives_the_bits_of_the_emulation(on_device, request: pytest.FixtureRequest) -> None:
+    plans = [fast.SteeringPlan(all_edits(700), mode) for mode in ("delta", "reconstruct")]
+    problems = [
+        (make_inputs(Case(33, 700, 16, rows, dtype)), activation, plan)
+        for dtype in DTYPES
+        for rows in (1, 21)
+        for activation in (fast.TopK(16), fast.JumpReLU(0.4))
+        for plan in plans
+    ]
+    on_gpu = [on_device.steer(*problem) for problem in problems]
+    emulated = request.getfixturevalue("emulated")  # from here on in place of the module
+    for out, problem in zip(on_gpu, problems, strict=True):
+        assert_same_bits(out, emulated.steer(*problem))
+
+
 def test_the_launch_is_on_the_current_stream(on_device) -> None:
     inputs = Inputs(*(tensor.cuda() for tensor in make_inputs(Case(64, 2048, 32, 64))))
     expected = cuda.steer(*inputs[:4], inputs.W_dec, None, 32, True, [], [], torch.zeros(0, device="cuda"), None)
