@@ -272,8 +272,10 @@ def serving(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
         codes = [0] * len(chosen)
         return cuda.steer(*problem.arguments(), None, k, False, chosen, codes, values, None)
 
-    def triton() -> Tensor:
-        return fast.steer(*problem.arguments(), fast.TopK(k), plan, strengths=values, backend="triton")
+    def public(backend: str) -> Way | str:
+        return usable(backend) or (
+            lambda: fast.steer(*problem.arguments(), fast.TopK(k), plan, strengths=values, backend=backend)
+        )
 
     bench.measure(section, "eager PyTorch", lambda: eager_steer(problem, features, typed), check, peer, graph=True)
     if rows == 64 and d == 64 and not bench.quick:
@@ -282,7 +284,8 @@ def serving(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
         bench.measure(section, "torch.compile", way, check, peer, graph=True)
     bench.measure(section, "torch.addmm, bfloat16 (the encoder alone)", problem.addmm(), None, 0.0, graph=True)
     bench.measure(section, "saerec_fast, CUDA C++", cuda.available() or kernel, check, tolerance, graph=True)
-    bench.measure(section, "saerec_fast, Triton", usable("triton") or triton, check, tolerance, graph=True)
+    bench.measure(section, "saerec_fast.steer, backend cuda", public("cuda"), check, tolerance, graph=True)
+    bench.measure(section, "saerec_fast.steer, backend triton", public("triton"), check, tolerance, graph=True)
     return section
 
 
@@ -316,7 +319,9 @@ def forward(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
         compiled = torch.compile(eager_reconstruct)
         bench.measure(section, "torch.compile", lambda: compiled(problem), check, peer, graph=False)
     bench.measure(section, "torch.addmm, bfloat16 (the encoder alone)", problem.addmm(), None, 0.0, graph=False)
-    bench.measure(section, "saerec_fast, Triton", usable("triton") or triton, check, tolerance, graph=False)
+    bench.measure(
+        section, "saerec_fast.reconstruct, backend triton", usable("triton") or triton, check, tolerance, graph=False
+    )
     return section
 
 
@@ -360,7 +365,7 @@ def training(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtyp
     ours = usable("triton") or (lambda: step(triton, problem))
     bench.measure(section, "eager PyTorch", eager, check, PEER_TOLERANCES[dtype], graph=False)
     bench.measure(section, "torch.addmm, bfloat16 (the encoder alone)", problem.addmm(), None, 0.0, graph=False)
-    bench.measure(section, "saerec_fast, Triton", ours, check, tolerance, graph=False)
+    bench.measure(section, "saerec_fast.reconstruct, backend triton", ours, check, tolerance, graph=False)
     return section
 
 

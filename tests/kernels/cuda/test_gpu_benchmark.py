@@ -32,7 +32,9 @@ def test_a_dry_run_writes_the_report(emulated, monkeypatch: pytest.MonkeyPatch, 
     errors = dict(timed)
     assert len(timed) == 7
     assert float(errors["saerec_fast, CUDA C++"]) < 1e-5
-    assert text.count("| saerec_fast, Triton | – | – | – | – | no triton here |") == 3
+    for op, backend, sections in (("steer", "cuda", 1), ("steer", "triton", 1), ("reconstruct", "triton", 2)):
+        row = f"| saerec_fast.{op}, backend {backend} | – | – | – | – | no {backend} here |"
+        assert text.count(row) == sections
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 2.0])

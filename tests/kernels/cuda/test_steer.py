@@ -227,6 +227,22 @@ def test_memory_layouts(kernel, mode: str, layout: str, dtype: torch.dtype) -> N
         check_exact(kernel, moved, activation, plan, strengths=strengths)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 17, 31, 63, 66])
+def test_aligned_rows_that_end_within_a_vector(kernel, d: int, dtype: torch.dtype) -> None:
+    inputs = integer_inputs(Case(d, 40, 9, 5, dtype))
+
+    def with_gaps(weight: torch.Tensor) -> torch.Tensor:
+        padded = torch.full((40, (d + 127) // 64 * 64), NAN, dtype=dtype)
+        padded[:, :d] = weight
+        return padded[:, :d]
+
+    gapped = inputs._replace(W_enc=with_gaps(inputs.W_enc), W_dec=with_gaps(inputs.W_dec))
+    for mode in ("delta", "reconstruct"):
+        for activation in (fast.ReLU(), fast.TopK(9)):
+            check_exact(kernel, gapped, activation, fast.SteeringPlan(all_edits(40), mode))
+
+
 def test_without_biases(kernel) -> None:
     inputs = integer_inputs(Case(9, 70, 9, 5))
     bare = inputs._replace(b_enc=None, b_dec=None)
