@@ -59,13 +59,11 @@ class Kernel:
         return out.view(inputs.x.shape).cpu()
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """On the device with the strides it had."""
+        """On the device in the layout it had: strides, alignment and what lies in the gaps."""
         if self.device == "cpu":
             return tensor
-        storage = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
-        if 0 in tensor.stride():
-            return tensor.to(self.device)
-        return storage.copy_(tensor)
+        storage = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return storage.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def threshold_of(activation: Activation) -> Tensor:
