@@ -163,7 +163,18 @@ struct Vector16 {
 };
 #endif
 
-// 16 bytes of read-only memory at an address that is a multiple of 16.
+// A number of memory that nothing writes while the kernel runs: such loads may pass stores, so that several are under
+// way.
+template <class T>
+SAEREC_DEVICE T read_only(const T* place) {
+#if defined(__CUDACC__)
+  return __ldg(place);
+#else
+  return *place;
+#endif
+}
+
+// 16 bytes of such memory at an address that is a multiple of 16.
 SAEREC_DEVICE Vector16 load_vector(const void* place) {
 #if defined(__CUDACC__)
   return __ldg(static_cast<const uint4*>(place));

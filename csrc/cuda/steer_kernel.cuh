@@ -164,15 +164,16 @@ SAEREC_DEVICE void load_rows(Machine& machine, const KernelArguments& arguments,
   const Storage* x = static_cast<const Storage*>(arguments.x);
   const Storage* shift = static_cast<const Storage*>(arguments.shift);
   const int columns = shared.layout.columns;
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = machine.thread(); j < columns; j += kThreads) {
-      float value = 0.0f;
-      if (r < count && j < arguments.d) {
-        value = Element::widen(x[(first + r) * arguments.x_row_stride + j * arguments.x_col_stride]);
-        if (shift != nullptr) value -= Element::widen(shift[j * arguments.shift_stride]);
-      }
-      shared.x[r * columns + x_place<Element>(j)] = value;
+  // All rows in one loop: each thread loads once where a row is narrower than the block, as at serving widths.
+  SAEREC_UNROLL_BY(2)
+  for (int i = machine.thread(); i < kRows * columns; i += kThreads) {
+    const int r = i / columns, j = i % columns;
+    float value = 0.0f;
+    if (r < count && j < arguments.d) {
+      value = Element::widen(read_only(x + (first + r) * arguments.x_row_stride + j * arguments.x_col_stride));
+      if (shift != nullptr) value -= Element::widen(read_only(shift + j * arguments.shift_stride));
     }
+    shared.x[r * columns + x_place<Element>(j)] = value;
   }
 }
 
@@ -278,7 +279,8 @@ SAEREC_DEVICE void score(Machine& machine, const KernelArguments& arguments, con
       const int item = first + i * kFeatureGroups + group;
       if (lane % kSharers == 0 && item < end) {
         const float total = sums[j];
-        use(item, r, bias != nullptr ? total + Element::widen(bias[feature(item) * arguments.bias_stride]) : total);
+        use(item, r,
+            bias != nullptr ? total + Element::widen(read_only(bias + feature(item) * arguments.bias_stride)) : total);
       }
     }
   }
@@ -308,7 +310,7 @@ SAEREC_DEVICE float edited_activation(const KernelArguments& arguments, int64_t 
   const KernelPlan& plan = arguments.plan;
   const float* strengths = arguments.edit_values + row * arguments.edit_values_row_stride;
   for (int i = plan.first_edit[slot]; i < plan.first_edit[slot + 1]; ++i) {
-    activation = apply_edit(plan.ops[i], activation, strengths[plan.edits[i]]);
+    activation = apply_edit(plan.ops[i], activation, read_only(strengths + plan.edits[i]));
   }
   return activation;
 }
@@ -431,9 +433,9 @@ SAEREC_DEVICE void store_row(Machine& machine, const KernelArguments& arguments,
   for (int j = machine.thread(); j < arguments.d; j += kThreads) {
     float value = shared.sums[j];
     if (!arguments.reconstruct) {
-      value += Element::widen(x[j * arguments.x_col_stride]);
+      value += Element::widen(read_only(x + j * arguments.x_col_stride));
     } else if (shift != nullptr) {
-      value += Element::widen(shift[j * arguments.shift_stride]);
+      value += Element::widen(read_only(shift + j * arguments.shift_stride));
     }
     out[j] = Element::narrow(value);
   }
@@ -530,7 +532,7 @@ SAEREC_DEVICE void steer_encoded(Machine& machine, const KernelArguments& argume
   const SharedMemory<Element> shared(machine.shared(),
                                      layout_of(Element::kVector, kRows, owned, arguments.n, arguments.d));
   bool any_steered = false;
-  for (int r = 0; r < count; ++r) any_steered = any_steered || is_steered(arguments, first + r);
+  for (int r = 0; r < count; ++r) any_steered |= is_steered(arguments, first + r);
   // The same for all blocks of the cluster, so that none waits for another in vain.
   if (any_steered) {
     load_rows<Element, kRows>(machine, arguments, first, count, shared);
@@ -547,7 +549,7 @@ SAEREC_DEVICE void steer_encoded(Machine& machine, const KernelArguments& argume
             key = score_key(value);
           } else {
             // Not "value > threshold": a NaN stays visible.
-            const bool off = value <= arguments.thresholds[feature * arguments.threshold_stride];
+            const bool off = value <= read_only(arguments.thresholds + feature * arguments.threshold_stride);
             key = off ? 0u : float_bits(value);
           }
           if (arguments.keys != nullptr) {
@@ -585,7 +587,7 @@ SAEREC_DEVICE void steer_slots(Machine& machine, const KernelArguments& argument
     score<Element, 1>(
         machine, arguments, shared, 0, plan.slots, [&](int item) { return plan.features[item]; },
         [&](int item, int, float value) {
-          const bool off = value <= arguments.thresholds[plan.features[item] * arguments.threshold_stride];
+          const bool off = value <= read_only(arguments.thresholds + plan.features[item] * arguments.threshold_stride);
           shared.activations[item] = off ? 0.0f : value;
         });
     machine.sync();

@@ -34,7 +34,10 @@ def available() -> str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     devices, reason = _extension.device_count()
-    return "" if devices else f"the CUDA runtime sees no device ({reason})"
+    if not devices:
+        return f"the CUDA runtime sees no device ({reason})"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"compute capability 8.0 or newer is needed, the current device has {major}.{minor}"
 
 
 def supports(

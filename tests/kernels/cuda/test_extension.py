@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +33,22 @@ def test_a_missing_module_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_extension", None)
     monkeypatch.setattr(cuda, "_import_problem", "not built")
     assert cuda.available() == "not built"
+
+
+@pytest.mark.parametrize(
+    ("devices", "capability", "reason"),
+    [
+        (0, (9, 0), "the CUDA runtime sees no device (too old)"),
+        (1, (7, 5), "the current device has 7.5"),
+        (1, (8, 0), ""),
+    ],
+)
+def test_availability(monkeypatch: pytest.MonkeyPatch, devices: int, capability: tuple[int, int], reason: str) -> None:
+    monkeypatch.setattr(cuda, "_extension", SimpleNamespace(device_count=lambda: (devices, "too old")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert cuda.available().endswith(reason)
+    assert bool(cuda.available()) == bool(reason)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
