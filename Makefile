@@ -91,7 +91,7 @@ cuda: setup
 	PATH="$$PATH:/usr/local/cuda/bin" $(BIN)/python -m pip install -q --upgrade --no-deps --target $(CUDA_BUILD)/site . \
 	  --config-settings=cmake.define.SAEREC_CUDA=ON --config-settings=cmake.define.SAEREC_CPU=OFF \
 	  --config-settings=cmake.define.SAEREC_WERROR=ON --config-settings=build-dir=$(CUDA_BUILD)
-	SAEREC_CUDA_MODULE=$(CUDA_BUILD)/site $(BIN)/python -m pytest -q tests/kernels/cuda/test_extension.py
+	SAEREC_CUDA_MODULE=$(CUDA_BUILD)/site $(BIN)/python -m pytest -q tests/kernels/cuda/test_cuda_extension.py
 
 # Tests and benchmarks import what was built, not the sources: PYTHONSAFEPATH keeps the working directory off the path.
 gpu gpu-build gpu-test gpu-sanitize: export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site
@@ -119,7 +119,7 @@ gpu-sanitize:
 	@command -v compute-sanitizer > /dev/null || echo 'make gpu: no compute-sanitizer on this machine, skipped'
 	for tool in memcheck racecheck synccheck; do ! command -v compute-sanitizer > /dev/null || \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	  $(GPU_PYTHON) -m pytest -q tests/kernels/cuda/test_steer.py -k "on_device and sizes and float32" || exit 1; done
+	  $(GPU_PYTHON) -m pytest -q tests/kernels/cuda/test_cuda_steer.py -k "on_device and sizes and float32" || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check
