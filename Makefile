@@ -9,8 +9,14 @@ RESULTS ?= $(if $(ARGS),build/benchmarks,benchmarks/results)
 # Two dictionaries and the small catalogues, at medium and large batches.
 QUICK := (threads2 and (n2048 or n8192 or run-sae) and (rows64 or rows4096)) or \
   ((items3700 or items60000 or run-items) and d64 and (rows64 or rows1024))
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
-BUILD_FILES := CMakeLists.txt pyproject.toml $(CPP_FILES)
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+BUILD_FILES := CMakeLists.txt pyproject.toml $(filter csrc/%,$(CPP_FILES))
+CUDA_BUILD := build/cuda
+# The machine with a GPU may have no network: its own Python, with whatever torch is there, and WHEELS=FOLDER for
+# packages it lacks.
+GPU_PYTHON ?= python3
+GPU_BUILD := build/gpu
+GPU_TESTS ?= $(wildcard tests/kernels/cuda tests/kernels/triton)
 
 # pip older than 25.3 takes the versions in its isolated build environments from the first, newer ones from the second.
 export PIP_CONSTRAINT := constraints.txt
@@ -18,7 +24,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo bench bench-quick lint format sanitize symbols wheel clean
+.PHONY: help setup test demo bench bench-quick cuda gpu gpu-build gpu-test gpu-sanitize lint format sanitize symbols wheel clean
 
 help:
 	@echo 'make test       set up .venv, build the extension, run the tests (ARGS="-k topk" to choose)'
@@ -31,6 +37,8 @@ help:
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize   kernel tests against an AddressSanitizer and UBSan build'
 	@echo 'make sanitize-thread  thread tests of the kernels against a ThreadSanitizer build'
+	@echo 'make cuda       compile the CUDA kernels with nvcc; warnings and register spills are errors; needs no GPU'
+	@echo 'make gpu        on a machine with a GPU: build with its own torch, test, sanitize and time the GPU kernels'
 	@echo 'make symbols    check that the object files of each tier define no weak symbol'
 	@echo 'make wheel      build a wheel into dist/'
 	@echo 'make clean      remove what the other targets made, except runs/'
@@ -77,6 +85,42 @@ bench: $(BENCH_VENV)/.installed
 
 bench-quick:
 	$(MAKE) bench ARGS='-k "$(strip $(QUICK))"'
+
+# Not part of setup: the compilation takes as long as all the rest. Only the CUDA module is built, into its own folder.
+cuda: setup
+	@PATH="$$PATH:/usr/local/cuda/bin" command -v nvcc > /dev/null || { echo 'make cuda: no nvcc on this machine'; exit 1; }
+	PATH="$$PATH:/usr/local/cuda/bin" $(BIN)/python -m pip install -q --upgrade --no-deps --target $(CUDA_BUILD)/site . \
+	  --config-settings=cmake.define.SAEREC_CUDA=ON --config-settings=cmake.define.SAEREC_CPU=OFF \
+	  --config-settings=cmake.define.SAEREC_WERROR=ON --config-settings=build-dir=$(CUDA_BUILD)
+	SAEREC_CUDA_MODULE=$(CUDA_BUILD)/site $(BIN)/python -m pytest -q tests/kernels/cuda/test_cuda_extension.py
+
+# Tests and benchmarks import what was built, not the sources: PYTHONSAFEPATH keeps the working directory off the path.
+gpu gpu-build gpu-test gpu-sanitize: export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site
+gpu gpu-build gpu-test gpu-sanitize: export PYTHONSAFEPATH := 1
+gpu gpu-test gpu-sanitize: export SAEREC_REQUIRE_GPU := 1
+gpu:
+	@env -u PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py --check
+	$(MAKE) gpu-build
+	$(MAKE) gpu-test
+	$(MAKE) gpu-sanitize
+	$(GPU_PYTHON) benchmarks/gpu.py
+
+gpu-build:
+	rm -rf $(GPU_BUILD)/site
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_BUILD)/site $(WHEELS)/*.whl)
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT PATH="$$PATH:/usr/local/cuda/bin" $(GPU_PYTHON) -m pip install -q \
+	  --no-index --no-deps --no-build-isolation --upgrade --target $(GPU_BUILD)/site . \
+	  --config-settings=cmake.define.SAEREC_CUDA=ON --config-settings=build-dir=$(GPU_BUILD)/cmake
+
+gpu-test:
+	$(GPU_PYTHON) -m pytest -q $(GPU_TESTS) -k "not emulated" $(ARGS)
+
+# On the sizes on integers; without torch's cache each tensor is an allocation of its own, and what lies beyond it shows.
+gpu-sanitize:
+	@command -v compute-sanitizer > /dev/null || echo 'make gpu: no compute-sanitizer on this machine, skipped'
+	for tool in memcheck racecheck synccheck; do ! command -v compute-sanitizer > /dev/null || \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  $(GPU_PYTHON) -m pytest -q tests/kernels/cuda/test_cuda_steer.py -k "on_device and sizes and float32" || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check

@@ -21,41 +21,16 @@
 #include "saerec/sparse_gradients.h"
 #include "saerec/sparse_training_step.h"
 #include "saerec/steer.h"
+#include "views.h"
 
 namespace py = pybind11;
 using saerec::DType;
 using saerec::IndexType;
+using saerec::bindings::matrix;
+using saerec::bindings::pointer;
+using saerec::bindings::vector;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (address, rows, cols, row stride, column stride); all tensors of a call share one dtype.
-saerec::Matrix matrix(const py::tuple& view, int dtype) {
-  saerec::Matrix m;
-  m.data = pointer<void>(view[0].cast<uintptr_t>());
-  m.dtype = static_cast<DType>(dtype);
-  m.rows = view[1].cast<int64_t>();
-  m.cols = view[2].cast<int64_t>();
-  m.row_stride = view[3].cast<int64_t>();
-  m.col_stride = view[4].cast<int64_t>();
-  return m;
-}
-
-// (address, size, stride), or None.
-saerec::Vector vector(const py::object& view, int dtype) {
-  saerec::Vector v;
-  if (view.is_none()) return v;
-  const py::tuple parts = view.cast<py::tuple>();
-  v.data = pointer<void>(parts[0].cast<uintptr_t>());
-  v.dtype = static_cast<DType>(dtype);
-  v.size = parts[1].cast<int64_t>();
-  v.stride = parts[2].cast<int64_t>();
-  return v;
-}
 
 // (address, bytes), or None.
 template <class Params>

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import emulation
+import pytest
+import torch
+from cases import Inputs
+from torch import Tensor
+
+import saerec_fast as fast
+from saerec_fast import ops, reference
+from saerec_fast.kernels import cuda
+from saerec_fast.types import Activation, TopK
+from saerec_fast.types.activations import inference_threshold
+
+# Set by `make gpu`: a missing GPU then fails the tests that need it instead of skipping them.
+GPU_REQUIRED = os.environ.get("SAEREC_REQUIRE_GPU") == "1"
+
+
+@dataclass
+class Kernel:
+    """The kernel of kernels.cuda with the arguments of ``saerec_fast.steer``, from and to tensors on the CPU."""
+
+    device: str
+    emulation: emulation.Emulation | None = None
+
+    def steer(
+        self,
+        inputs: Inputs,
+        activation: Activation,
+        plan: fast.SteeringPlan,
+        strengths: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        batch_shape = inputs.x.shape[:-1]
+        moved = [self._moved(tensor) for tensor in inputs]
+        values = torch.tensor(plan.values, dtype=torch.float32) if strengths is None else strengths
+        if values.dim() > 1:
+            values = values.expand(*batch_shape, len(plan.edits)).reshape(math.prod(batch_shape), len(plan.edits))
+        mask = reference.steered_positions(plan, batch_shape, valid, torch.device("cpu"))
+        x, W_enc, b_enc, b_dec, W_dec = moved
+        out = cuda.steer(
+            x.reshape(-1, x.shape[-1]),
+            W_enc,
+            b_enc,
+            b_dec,
+            W_dec,
+            None if isinstance(activation, TopK) else self._moved(threshold_of(activation)),
+            activation.k if isinstance(activation, TopK) else 0,
+            plan.mode == "reconstruct",
+            [edit.feature for edit in plan.edits],
+            [ops.EDIT_CODES[edit.op] for edit in plan.edits],
+            self._moved(values),
+            None if mask is None else self._moved(mask.reshape(-1)),
+        )
+        return out.view(inputs.x.shape).cpu()
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the device in the layout it had: strides, alignment and what lies in the gaps."""
+        if self.device == "cpu":
+            return tensor
+        storage = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return storage.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def threshold_of(activation: Activation) -> Tensor:
+    return torch.as_tensor(inference_threshold(activation), dtype=torch.float32).reshape(-1)
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> object:
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler to build the emulation with")
+    return emulation.build()
+
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    extension = emulation.Emulation(emulated_library)
+    monkeypatch.setattr(cuda, "_extension", extension)
+    monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
+    return Kernel("cpu", extension)
+
+
+@pytest.fixture
+def on_device() -> Kernel:
+    problem = cuda.available()
+    if problem:
+        (pytest.fail if GPU_REQUIRED else pytest.skip)(problem)
+    return Kernel("cuda")
+
+
+@pytest.fixture(params=["emulated", "on_device"] if GPU_REQUIRED or not cuda.available() else ["emulated"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return request.getfixturevalue(request.param)
