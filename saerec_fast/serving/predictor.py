@@ -112,8 +112,8 @@ class Predictor:
         score: in the place of ``hidden`` and ``item_embeddings``, a picklable function
             ``(model, tokens) -> (B, n_items)``, or ``(B, L, n_items)``.
         item_embeddings: dotted path of a parameter (``"wte.weight"``), or a picklable function of the model, that gives
-            ``(n_items, d)``. A matrix by token, with more rows, is cut to the items where ``token_of_item`` is a
-            number. By default ``model.item_embeddings``.
+            ``(n_items, d)``. From a parameter that has a row for every token, as far as ``token_of_item`` is a number,
+            those of the items are taken. By default ``model.item_embeddings``.
         max_length: tokens of one sequence at most, of longer histories the newest; by default
             ``model.config.max_length``.
         padding_side: ``"right"`` for models in which a position's number counts from the oldest item; shorter histories
@@ -356,10 +356,13 @@ class Predictor:
         largest = self._max_batch_size
         n_items = len(self._titles)
         generator = np.random.default_rng(0)
-        requests = [
-            Request(row, generator.integers(0, n_items, generator.integers(1, length + 1)), None, 1)
-            for row in range(largest)
-        ]
+        requests, others = (
+            [
+                Request(row, generator.integers(0, n_items, generator.integers(1, length + 1)), None, 1)
+                for row in range(largest)
+            ]
+            for _ in range(2)
+        )
         # Every token that there is has to be one that the model knows.
         requests[0] = Request(0, np.array([0, n_items - 1, int(self._tokens.argmax())])[:length], None, 1)
 
@@ -375,9 +378,15 @@ class Predictor:
         with torch.inference_mode():
             self._ranked(requests, whole[0])
             self._reasons(requests, whole[1])
-        rolled = run([requests[-1], *requests[:-1]])
-        if largest == 1 or not _same(tuple(part.roll(-1, 0) for part in rolled), whole):
+        if largest == 1:
             return (1,)
+        rolled = [requests[-1], *requests[:-1]]
+        for parity in (0, 1):
+            # Every other row one place further, between rows it has not met.
+            met = [(rolled if row % 2 == parity else others)[row] for row in range(largest)]
+            moved = slice(parity, None, 2)
+            if not _same(tuple(part[moved] for part in run(met)), tuple(part.roll(1, 0)[moved] for part in whole)):
+                return (1,)
         powers = [1 << exponent for exponent in range(largest.bit_length()) if 1 << exponent < largest]
 
         def agrees(size: int) -> bool:
@@ -489,11 +498,11 @@ class Predictor:
             weight = source(self._model)
         else:
             raise TypeError(f"item_embeddings: expected a path or a function, got {type(source).__name__}")
-        n_items = len(self._titles)
+        n_items, first = len(self._titles), self._first_token
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise TypeError(f"item_embeddings: expected a tensor ({n_items}, d), got {type(weight).__name__}")
-        if len(weight) > n_items and self._first_token is not None:
-            weight = weight[self._first_token : self._first_token + n_items]
+        if isinstance(source, str) and first is not None and len(weight) >= first + n_items:
+            weight = weight[first : first + n_items]
         if len(weight) != n_items:
             raise ValueError(f"item_embeddings: expected {n_items} rows, one per title, got {len(weight)}")
         return weight
