@@ -47,7 +47,7 @@ class _Pass:
     site: Tensor | None = None
 
     def at_last(self, x: Tensor) -> Tensor:
-        return x[torch.arange(x.shape[0], device=x.device), self.last.to(x.device)]
+        return x[torch.arange(len(self.last), device=x.device), self.last]
 
 
 @dataclass
@@ -277,6 +277,9 @@ class Predictor:
             except (ValueError, TypeError) as error:
                 answers[row].error = str(error)
                 continue
+            except RecursionError:  # of json, and of what shows a value in a message
+                answers[row].error = "history, edits: expected plain lists, got too deeply nested ones"
+                continue
             length = next(length for length in self._pass_sizes if length >= min(len(request.items), self._max_length))
             groups.setdefault(length, []).append(request)
         for length, requests in groups.items():
@@ -417,11 +420,11 @@ class Predictor:
         ranked = self._ranked(requests, output)
         reasons = self._reasons(requests, site)
         for request, (indices, scores), (features, values) in zip(requests, ranked, reasons, strict=True):
-            if np.isnan(scores).any() or np.isposinf(scores).any():
+            if not scores[0] < np.inf:  # NaN comes first
                 message = "scores: expected finite numbers, got NaN or infinity; weaker edits may help"
                 answers[request.row] = _Answer(error=message)
                 continue
-            kept = indices[np.isfinite(scores)][: request.k]
+            kept = indices[scores > -np.inf][: request.k]
             answers[request.row] = _Answer(kept, scores[: len(kept)].astype(np.float32), features, values)
 
     def _forward(self, requests: list[Request], length: int, size: int) -> tuple[Tensor, Tensor]:

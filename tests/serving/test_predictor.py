@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import pickle
 import re
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -229,7 +230,7 @@ BAD_ROWS: list[tuple[Any, Any, Any, str]] = [
     ([1] * 51, None, None, "history: expected 1 to 50 items, got 51"),
     (7, None, None, "history: expected a list"),
     ("1, 2", None, None, "history: expected json"),
-    ("[" * 100_000, None, None, "history: expected json, got .*nested"),
+    ("[" * 100_000, None, None, "history, edits: expected plain lists"),
     ('{"1": 2}', None, None, "history: expected a list"),
     ([1, N_ITEMS, -1], None, None, f"history: 2 unknown items: {N_ITEMS}, -1"),
     ([10**30], None, None, "history: 1 unknown items"),
@@ -243,7 +244,7 @@ BAD_ROWS: list[tuple[Any, Any, Any, str]] = [
     ([1], [Edit(1, "set", 1.0)], None, "edits: expected a SteeringPlan"),
     ([1], "{", None, "edits: expected json"),
     ([1], b"\xff", None, "edits: expected json"),
-    ([1], "[" * 100_000, None, "edits: expected json, got .*nested"),
+    ([1], "[" * 100_000, None, "history, edits: expected plain lists"),
     ([1], "null", None, "plan: expected a mapping"),
     ([1], {"edit": []}, None, "plan: .*unknown"),
     ([1], {"edits": [{"feature": 1, "op": "set", "value": float("nan")}]}, None, "value: expected a finite number"),
@@ -274,6 +275,22 @@ def test_an_error_stays_in_its_row() -> None:
         row = 2 * index + 1
         assert re.match(bad[3], answers["error"][row] or ""), (bad, answers["error"][row])
         assert all(len(answers[name][row]) == 0 for name in answers if name != "error")
+
+
+def test_no_depth_of_nesting_is_too_much() -> None:
+    """There is a depth at which json still reads a value that repr cannot show any more."""
+    depths = [*range(1, sys.getrecursionlimit(), 7), *range(sys.getrecursionlimit() - 200, sys.getrecursionlimit())]
+    nested = ["[" * depth + "true" + "]" * depth for depth in depths]
+    predictor = make_predictor()
+    edit = json.dumps(PLAN.edits[0].to_dict())
+    answers = ask(
+        predictor,
+        [[1], *nested, *[[1]] * len(nested)],
+        [PLAN, *nested, *(f'{{"edits": [{edit}], "positions": {one}}}' for one in nested)],
+    )
+    assert digest(answers)[0] == digest(ask(predictor, [[1]], [PLAN]))[0]
+    # One level is a history of something that is no item, and a mask of one item.
+    assert [row for row, error in enumerate(answers["error"]) if error is None] == [0, 1 + len(nested)]
 
 
 def test_a_warned_dose_is_answered() -> None:
