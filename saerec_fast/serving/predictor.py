@@ -366,8 +366,8 @@ class Predictor:
             ]
             for _ in range(2)
         )
-        # Every token that there is has to be one that the model knows.
-        requests[0] = Request(0, np.array([0, n_items - 1, int(self._tokens.argmax())])[:length], None, 1)
+        # The largest token has to be one that the model knows.
+        requests[0] = Request(0, np.array([int(self._tokens.argmax()), 0])[:length], None, 1)
 
         def run(chosen: list[Request]) -> tuple[Tensor, Tensor]:
             with torch.inference_mode(), _one_thread():
@@ -513,7 +513,7 @@ class Predictor:
     def _reasons(self, requests: list[Request], site: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and values of the strongest active features of each request."""
         if not self._n_reasons:
-            return (([], []) for _ in requests)  # type: ignore[misc]
+            return ((np.empty(0, np.int64), np.empty(0, np.float32)) for _ in requests)
         encoded = self._sae.encode(site)
         offsets, ids = encoded.offsets.tolist(), encoded.indices.cpu().numpy()
         values = encoded.values.float().cpu().numpy()

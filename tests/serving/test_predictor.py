@@ -333,6 +333,13 @@ def test_a_table_that_is_none_raises(columns: Any, error: Any, message: str) -> 
         make_predictor()(columns)
 
 
+def test_histories_of_one_item_and_no_reasons() -> None:
+    answers = ask(make_predictor(max_length=1, n_reasons=0, exclude_seen=False), [[5, 6], [6]], [PLAN, PLAN])
+    assert digest(answers)[0] == digest(answers)[1]
+    assert [features.dtype for features in answers["features"]] == [np.int64] * 2
+    assert [len(values) for values in answers["feature_values"]] == [0, 0]
+
+
 def test_an_empty_table_has_empty_columns() -> None:
     answers = ask(make_predictor(feature_names=["a"] * N_FEATURES), [], [])
     assert list(answers) == ["items", "titles", "scores", "features", "feature_values", "feature_names", "error"]
