@@ -39,14 +39,18 @@ class _Pass:
     Attributes:
         valid: bool ``(B, L)``, False at padding.
         last: int64 ``(B,)``, each row's last valid position.
+        whole: keep all valid positions instead of the last ones.
         site: ``(B, d_model)``, what the site's module returned there, after the edits; ``None`` until it has run.
     """
 
     valid: Tensor
     last: Tensor
+    whole: bool = False
     site: Tensor | None = None
 
     def at_last(self, x: Tensor) -> Tensor:
+        if self.whole:
+            return torch.where(self.valid.unsqueeze(-1), x, torch.zeros_like(x))
         return x[torch.arange(len(self.last), device=x.device), self.last]
 
 
@@ -359,30 +363,32 @@ class Predictor:
         largest = self._max_batch_size
         n_items = len(self._titles)
         generator = np.random.default_rng(0)
+        # Full or nearly so: what is summed otherwise are the last positions, where the tiles of a matrix product end.
         requests, others = (
             [
-                Request(row, generator.integers(0, n_items, generator.integers(1, length + 1)), None, 1)
+                Request(row, generator.integers(0, n_items, length - row // 2 % length), None, 1)
                 for row in range(largest)
             ]
             for _ in range(2)
         )
         # The largest token has to be one that the model knows.
-        requests[0] = Request(0, np.array([int(self._tokens.argmax()), 0])[:length], None, 1)
+        requests[0].items[0] = self._tokens.argmax()
 
         def run(chosen: list[Request]) -> tuple[Tensor, Tensor]:
             with torch.inference_mode(), _one_thread():
-                return self._forward(chosen, length, len(chosen))
+                return self._forward(chosen, length, len(chosen), whole=True)
 
         try:
-            whole = run(requests)
+            with torch.inference_mode(), _one_thread():
+                output, site = self._forward(requests[:1], length, 1)
+                # Raises where embeddings, or the autoencoder's dtype, do not fit.
+                self._ranked(requests[:1], output)
+                self._reasons(requests[:1], site)
         except IndexError as error:
             raise ValueError(f"token_of_item: expected tokens that the model knows ({error})") from error
-        # Raises where embeddings, or the autoencoder's dtype, do not fit.
-        with torch.inference_mode():
-            self._ranked(requests, whole[0])
-            self._reasons(requests, whole[1])
         if largest == 1:
             return (1,)
+        whole = run(requests)
         rolled = [requests[-1], *requests[:-1]]
         for parity in (0, 1):
             # Every other row one place further, between rows it has not met.
@@ -427,8 +433,12 @@ class Predictor:
             kept = indices[scores > -np.inf][: request.k]
             answers[request.row] = _Answer(kept, scores[: len(kept)].astype(np.float32), features, values)
 
-    def _forward(self, requests: list[Request], length: int, size: int) -> tuple[Tensor, Tensor]:
-        """Hidden states or scores ``(size, ·)`` and states at the site ``(size, d_model)``, at each last position."""
+    def _forward(
+        self, requests: list[Request], length: int, size: int, *, whole: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states or scores ``(size, ·)`` and states at the site ``(size, d_model)``, at each last position; or
+        at all positions, where the model gives them.
+        """
         filled = [*requests, *requests[:1] * (size - len(requests))]
         tokens = np.full((size, length), self._padding_token, dtype=np.int64)
         valid = np.zeros((size, length), dtype=bool)
@@ -440,7 +450,7 @@ class Predictor:
             tokens[row, place], valid[row, place], last[row] = self._tokens[items], True, place.stop - 1
             places.append(place)
         plans = [_plan_of_pass(request.plan, place, length) for request, place in zip(requests, places, strict=False)]
-        current = _Pass(torch.from_numpy(valid).to(self._device), torch.from_numpy(last).to(self._device))
+        current = _Pass(torch.from_numpy(valid).to(self._device), torch.from_numpy(last).to(self._device), whole)
         batch = torch.from_numpy(tokens).to(self._device)
         self._local.current = current
         try:
