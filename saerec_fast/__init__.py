@@ -27,6 +27,7 @@ from saerec_fast.sae import (
     save_sae,
     train_sae,
 )
+from saerec_fast.serving import Predictor
 from saerec_fast.steering import Calibration, SteeringHandle, attach, calibrate, contrastive_direction
 from saerec_fast.types import (
     BatchTopK,
@@ -57,6 +58,7 @@ __all__ = [
     "JumpReLU",
     "PackedWeights",
     "PlanCost",
+    "Predictor",
     "Ragged",
     "ReLU",
     "SAETrainingConfig",

@@ -320,7 +320,11 @@ class SteeringPlan:
             ValueError: no valid json, and as :meth:`from_dict`.
             TypeError: as :meth:`from_dict`.
         """
-        return cls.from_dict(json.loads(text))
+        try:
+            data = json.loads(text)
+        except RecursionError:
+            raise ValueError("plan: expected json, got brackets nested too deeply") from None
+        return cls.from_dict(data)
 
 
 @dataclass(frozen=True)
@@ -395,6 +399,6 @@ def _check_keys(
     if unknown or missing:
         raise ValueError(
             f"{what}: expected keys {sorted(required | optional)}"
-            + (f", got unknown {sorted(unknown)}" if unknown else "")
+            + (f", got unknown {sorted(unknown, key=repr)}" if unknown else "")
             + (f", missing {sorted(missing)}" if missing else "")
         )

@@ -271,3 +271,64 @@ def test_explain(activation: Any, mode: Any, edits: Any, work: str, row_operatio
     assert str(cost).startswith(f"{work}: ")
     with pytest.raises(ValueError, match="expected one that fits the plan, got 24 features of width 8"):
         SteeringPlan([Edit(24, "add", 1.0)]).explain(sae)
+
+
+numbers = st.none() | st.booleans() | st.text(max_size=4) | st.integers() | st.floats() | st.integers(0, 9)
+anything = st.recursive(
+    numbers | st.binary(max_size=3) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+malformed_entries = (
+    st.fixed_dictionaries({"feature": numbers, "op": st.sampled_from(OPS) | anything, "value": numbers})
+    | st.fixed_dictionaries({"vector": st.lists(numbers, max_size=4) | anything, "value": numbers})
+    | anything
+)
+malformed_plans = anything | st.fixed_dictionaries(
+    {"edits": st.lists(malformed_entries, max_size=3) | anything},
+    optional={
+        "mode": st.sampled_from(MODES) | anything,
+        "positions": st.sampled_from(["all", "last"]) | st.lists(st.booleans() | anything, max_size=3) | anything,
+        "max_relative_norm": numbers,
+        "on_excess": st.sampled_from(["clip", "warn", "reject"]) | anything,
+        "postions": anything,
+    },
+)
+NAMES = (
+    *("plan", "edit", "direction", "edits", "feature", "op", "value", "vector", "name", "mode", "positions"),
+    *("max_relative_norm", "on_excess"),
+)
+
+
+@given(malformed_plans)
+def test_from_dict_takes_a_plan_or_names_what_is_wrong(data: Any) -> None:
+    try:
+        plan = SteeringPlan.from_dict(data)
+    except (ValueError, TypeError) as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+        assert SteeringPlan.from_json(plan.to_json()) == plan
+    assert not refusal or refusal.split(": ")[0] in NAMES
+
+
+@given(plans.map(SteeringPlan.to_json), st.data())
+def test_a_damaged_text_is_a_plan_or_raises_what_from_json_says(text: str, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(text)))
+    damaged = text[:cut] + data.draw(st.text(max_size=3)) + text[cut + data.draw(st.integers(0, 3)) :]
+    try:
+        plan = SteeringPlan.from_json(damaged)
+    except (ValueError, TypeError):
+        return
+    assert SteeringPlan.from_json(plan.to_json()) == plan
+
+
+def test_json_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(ValueError, match="json"):
+        SteeringPlan.from_json("[" * 100_000)
+
+
+@pytest.mark.parametrize("data", [{"edits": [], None: 1, 3: 2}, {"edits": [{**EDIT.to_dict(), None: 1, 3: 2}]}])
+def test_keys_that_are_no_text_are_named(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"(plan|edit): expected keys .*unknown"):
+        SteeringPlan.from_dict(data)
