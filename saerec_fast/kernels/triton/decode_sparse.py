@@ -81,7 +81,12 @@ def unit_columns(matrix: Tensor) -> Tensor:
 
 
 def decode_sparse(
-    offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype | None = None
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Decoded hidden states ``(R, d)`` in the dtype of W_dec unless told."""
     offsets, indices, values = offsets.contiguous(), indices.contiguous(), values.contiguous()

@@ -310,7 +310,7 @@ def repair_kernel(
                 middle = low + 1
             reach = tl.zeros([BLOCK_M], tl.int32)
             equal = tl.zeros([BLOCK_M], tl.int32)
-            for tile in range(0, tl.cdiv(n, BLOCK_N)):
+            for tile in range(tl.cdiv(n, BLOCK_N)):
                 features = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 order = order_tile(
                     held,
@@ -482,7 +482,15 @@ def top_k(
     if exclude_offsets is not None and exclude_ids is not None:
         excluded = torch.zeros((n_rows, words), dtype=torch.int32, device=device)
         launch(
-            exclude_kernel, (n_rows,), exclude_offsets, exclude_ids, excluded, words, n, BLOCK=EXCLUDE_BLOCK, num_warps=1
+            exclude_kernel,
+            (n_rows,),
+            exclude_offsets,
+            exclude_ids,
+            excluded,
+            words,
+            n,
+            BLOCK=EXCLUDE_BLOCK,
+            num_warps=1,
         )
     states = (*encoder.states(x), x if excluded is None else excluded, words)
     constants = {**encoder.constants, "EXCLUDES": excluded is not None}

@@ -65,7 +65,16 @@ def pack(order, features):
 
 @triton.jit
 def load_states(
-    x_ptr, x_row, x_column, rows, is_row, shift_ptr, start, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr,
+    x_row,
+    x_column,
+    rows,
+    is_row,
+    shift_ptr,
+    start,
+    SHIFTED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Columns ``start`` … of the rows ``(rows, BLOCK_D)``, less the shift; 0 outside."""
     columns = start + tl.arange(0, BLOCK_D)

@@ -72,7 +72,7 @@ def edit_kernel(
     if slot < n_encoded:
         if SPARSE:
             feature = tl.load(slots_ptr + slot)
-            for entry in range(0, entries_per_row):
+            for entry in range(entries_per_row):
                 place = wide * entries_per_row + entry
                 same = tl.load(indices_ptr + place, mask=is_row, other=-1) == feature
                 before = tl.where(same, tl.load(activations_ptr + place, mask=is_row, other=0.0), before)
@@ -80,7 +80,7 @@ def edit_kernel(
             before = tl.load(activations_ptr + wide * n_encoded + slot, mask=is_row, other=0.0)
     after = before
     added = tl.zeros([BLOCK], tl.float32)
-    for edit in range(0, n_edits):
+    for edit in range(n_edits):
         if tl.load(edit_slots_ptr + edit) == slot:
             op = tl.load(edit_ops_ptr + edit)
             value = tl.load(values_ptr + wide * values_row + edit, mask=is_row, other=0.0)
