@@ -446,11 +446,6 @@ def _autograd(operators: Any, name: str) -> Callable[..., Any]:
     return implementation
 
 
-def kernels_of(backend: str) -> Any:
-    """The module with a backend's kernels, imported when first asked for: triton costs more than all the rest."""
-    return importlib.import_module(f"saerec_fast.kernels.{backend}")
-
-
 def operators_of(backend: str) -> Any:
     """``torch.ops.<namespace>`` of a backend."""
     return getattr(torch.ops, NAMESPACES[backend])
@@ -458,9 +453,11 @@ def operators_of(backend: str) -> Any:
 
 def _triton(name: str) -> Callable[..., Any]:
     def implementation(*args: Any) -> Any:
+        # Imported when first called: triton costs more than all the rest.
+        module = importlib.import_module(f"saerec_fast.kernels.triton.{name}")
         # Triton launches on the current device.
         with torch.cuda.device_of(args[0]):
-            return getattr(kernels_of("triton"), name)(*args)
+            return getattr(module, name)(*args)
 
     return implementation
 
@@ -478,9 +475,12 @@ def _define(backend: str) -> torch.library.Library:
 # Operators live as long as their libraries.
 _libraries = {backend: _define(backend) for backend in NAMESPACES}
 
+if not available_backends()["cpu"]:
+    from saerec_fast.kernels import cpu
+
+    for _name in _SCHEMAS:
+        _libraries["cpu"].impl(_name, getattr(cpu, _name), "CPU")
 for _name in _SCHEMAS:
-    if not available_backends()["cpu"]:
-        _libraries["cpu"].impl(_name, getattr(kernels_of("cpu"), _name), "CPU")
     # Triton's interpreter takes tensors on the CPU; saerec_fast.backend knows whether it runs.
     for _key in ("CUDA", "CPU"):
         _libraries["triton"].impl(_name, _triton(_name), _key)

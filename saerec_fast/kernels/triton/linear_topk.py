@@ -294,23 +294,21 @@ def repair_kernel(
     broken = is_row & ((counts > CAPACITY) | ((counts < k) & (bounds > LOWEST)))
     if tl.max(broken.to(tl.int32), axis=0) > 0:
         held = load_states(x_ptr, x_row, x_column, rows, is_row, shift_ptr, 0, SHIFTED, D, BLOCK_D)
-        low = tl.maximum(bounds, LOWEST + 1).to(tl.int64)
-        high = tl.full([BLOCK_M], LOWEST, tl.int32).to(tl.int64)
-        above = tl.zeros([BLOCK_M], tl.int32)
-        tied = tl.zeros([BLOCK_M], tl.int32)
+        low = tl.maximum(bounds, LOWEST + 1)
+        high = tl.full([BLOCK_M], LOWEST, tl.int32)
+        kept_above = tl.zeros([BLOCK_M], tl.int32)
         lists = candidates_ptr + rows.to(tl.int64) * CAPACITY
-        # Sweeps over all features: the first finds the largest order and checks the bound, the last but one counts what
-        # is above the k-th largest order, the last writes; those between bisect.
+        # Sweeps over all features, each comparing with one order per row: the first (stage 0) checks the bound and finds
+        # the largest order, then some bisect (1), one counts what is above the k-th largest order (2), the last writes (3).
         stage = 0
         while stage < 4:
             middle = low
             if stage == 1:
-                middle = low + (high - low + 1) // 2
-            if stage >= 2:
-                middle = low + 1
-            reach = tl.zeros([BLOCK_M], tl.int32)
+                wide = low.to(tl.int64)
+                middle = (wide + (high - wide + 1) // 2).to(tl.int32)
+            above = tl.zeros([BLOCK_M], tl.int32)
             equal = tl.zeros([BLOCK_M], tl.int32)
-            for tile in range(tl.cdiv(n, BLOCK_N)):
+            for tile in range(0, tl.cdiv(n, BLOCK_N)):
                 features = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 order = order_tile(
                     held,
@@ -333,35 +331,38 @@ def repair_kernel(
                     D,
                     BLOCK_D,
                 )
-                wide = order.to(tl.int64)
-                greater = wide >= middle[:, None]
+                greater = (order > middle[:, None]).to(tl.int32)
+                ties = (order == middle[:, None]).to(tl.int32)
                 if stage == 0:
-                    high = tl.maximum(high, tl.max(wide, axis=1))
+                    high = tl.maximum(high, tl.max(order, axis=1))
                 if stage == 3:
-                    ties = wide == low[:, None]
-                    place = reach[:, None] + tl.cumsum(greater.to(tl.int32), axis=1) - 1
-                    tie_place = above[:, None] + equal[:, None] + tl.cumsum(ties.to(tl.int32), axis=1) - 1
-                    place = tl.where(greater, place, tie_place)
-                    kept = (greater | ties) & (place < k) & broken[:, None]
+                    # First all that are greater, then ties as long as there is room, each in the order of features.
+                    # Both ranks in one scan: a tile has fewer than 2^16 features.
+                    ranks = tl.cumsum(greater | (ties << 16), axis=1)
+                    place = above[:, None] + (ranks & 0xFFFF) - 1
+                    place = tl.where(greater != 0, place, (kept_above + equal)[:, None] + (ranks >> 16) - 1)
+                    kept = (greater + ties != 0) & (place < k) & broken[:, None]
                     tl.store(lists[:, None] + place, pack(order, features[None, :]), mask=kept)
-                    equal += tl.sum(ties.to(tl.int32), axis=1)
-                reach += tl.sum(greater.to(tl.int32), axis=1)
+                above += tl.sum(greater, axis=1)
+                equal += tl.sum(ties, axis=1)
+            reach = above + equal
             if stage == 0:
                 low = tl.where(reach >= k, low, LOWEST + 1)
                 # Nothing to look for in the other rows.
                 high = tl.where(broken, tl.maximum(high, low), low)
-            if stage == 1:
+                stage = 1
+            elif stage == 1:
                 low = tl.where(reach >= k, middle, low)
                 high = tl.where(reach >= k, high, middle - 1)
-            if stage == 2:
-                above = reach
-            tied = equal
-            if stage != 1:
+            else:
+                if stage == 2:
+                    kept_above = above
+                else:
+                    tl.store(counts_ptr + rows, tl.minimum(reach, k), mask=broken)
                 stage += 1
             if stage == 1:
-                if tl.max(high - low, axis=0) == 0:
+                if tl.max((high > low).to(tl.int32), axis=0) == 0:  # noqa: SIM102 - triton does not short-circuit
                     stage = 2
-        tl.store(counts_ptr + rows, tl.minimum(above + tied, k), mask=broken)
 
 
 @triton.jit
@@ -584,10 +585,10 @@ def rows_per_program(width: int) -> int:
     return max((8192 if INTERPRETED else 512) // width, 1)
 
 
-def schedule(dtype: torch.dtype) -> dict[str, int]:
-    """Four warps make one warpgroup, what sm_90's 64-row product is for. Three stages of weights in 16 bits and two of
-    float32 stay below 48 KiB, so that several programs share a multiprocessor."""
-    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
+def schedule(dtype: torch.dtype, stages: int | None = None) -> dict[str, int]:
+    """Eight warps, two warpgroups: with four the kernels that store parts of a tile run out of registers. Weights are
+    loaded three tiles ahead in 16 bits, two in float32, where shared memory is not what holds the kernels up."""
+    return {"num_warps": 8, "num_stages": stages or (2 if dtype == torch.float32 else 3)}
 
 
 def linear_topk(

@@ -17,9 +17,10 @@ Order: ``order_of`` maps a score to an int32 that sorts as the contract asks (Na
 ``pack`` puts the feature below it, so that one int64 comparison also settles ties by the smallest index.
 
 Tiles: 64 rows, because sm_90's warpgroup product takes 64, and 64 features: the accumulator, its order and the 64-bit
-addresses of the kernels that store parts of it then fit into the registers of four warps. They are the same for every
+addresses of the kernels that store parts of it then fit into the registers of eight warps. They are the same for every
 batch size, so that a row's scores are the same bits in whatever batch it arrives. Narrow states (16-bit: up to 128
-columns, float32: up to 64) are held for all features; wider ones are read again, 64 or 32 columns at a time.
+columns, float32: up to 16) are held for all features; wider ones are read again, 32 or 16 columns at a time, the largest
+blocks with which no kernel spills on sm_80 and sm_90 (tests/kernels/triton/test_aot.py).
 """
 
 from __future__ import annotations
@@ -233,5 +234,5 @@ def prepare(weight: Tensor, bias: Tensor | None, shift: Tensor | None, features:
 
 def block_columns(d: int, dtype: torch.dtype) -> int:
     """Columns multiplied at a time; all of them where the rows are held."""
-    held, block = (64, 32) if dtype == torch.float32 else (128, 64)
+    held, block = (16, 16) if dtype == torch.float32 else (128, 32)
     return max(triton.next_power_of_2(d), 16) if d <= held else block
