@@ -193,8 +193,7 @@ def encode_threshold(
         per_part,
         SCALAR=threshold.shape[0] == 1,
         **encoder.constants,
-        # Two stages of float32 would spill on sm_90.
-        **schedule(x.dtype, stages=1 if x.dtype == torch.float32 else None),
+        **schedule(x.dtype),
     )
     ends = counts.view(-1).cumsum(0, dtype=torch.int64)
     starts = torch.zeros((n_rows * parts + 1,), dtype=torch.int64, device=device)

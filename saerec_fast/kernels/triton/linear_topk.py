@@ -96,9 +96,13 @@ def order_tile(
     )
     candidate = is_row[:, None] & is_feature[None, :]
     if EXCLUDES:
-        words = excluded_ptr + rows.to(tl.int64)[:, None] * excluded_row + (features >> 5)[None, :]
-        word = tl.load(words, mask=candidate, other=0)
-        candidate = candidate & (((word >> (features & 31)[None, :]) & 1) == 0)
+        # One load for 32 features: an address for each would not fit into the registers.
+        WORDS: tl.constexpr = features.shape[0] // 32
+        places = tl.min(features, axis=0) // 32 + tl.arange(0, WORDS)
+        words = excluded_ptr + rows.to(tl.int64)[:, None] * excluded_row + places[None, :]
+        word = tl.load(words, mask=is_row[:, None] & (places < excluded_row)[None, :], other=0)
+        bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        candidate = candidate & (tl.reshape(bits, [rows.shape[0], features.shape[0]]) == 0)
     return tl.where(candidate, order_of(scores), LOWEST)
 
 
@@ -585,10 +589,10 @@ def rows_per_program(width: int) -> int:
     return max((8192 if INTERPRETED else 512) // width, 1)
 
 
-def schedule(dtype: torch.dtype, stages: int | None = None) -> dict[str, int]:
-    """Eight warps, two warpgroups: with four the kernels that store parts of a tile run out of registers. Weights are
-    loaded three tiles ahead in 16 bits, two in float32, where shared memory is not what holds the kernels up."""
-    return {"num_warps": 8, "num_stages": stages or (2 if dtype == torch.float32 else 3)}
+def schedule(dtype: torch.dtype, float32_stages: int = 1) -> dict[str, int]:
+    """Eight warps, two warpgroups: with four the kernels that store parts of a tile run out of registers. Weights in 16
+    bits are loaded three tiles ahead; in float32, where arithmetic decides, loading ahead only costs registers."""
+    return {"num_warps": 8, "num_stages": float32_stages if dtype == torch.float32 else 3}
 
 
 def linear_topk(

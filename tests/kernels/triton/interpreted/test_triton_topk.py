@@ -136,7 +136,9 @@ def test_overflow_of_the_output_dtype_keeps_the_order_of_the_scores() -> None:
 @pytest.mark.parametrize("n", [70, 400])
 def test_exclude(n: int) -> None:
     rows, k = 9, 17
-    lists: list[list[int]] = [[(7 * i) % n for i in range(20 * r)] for r in range(rows)]  # with repeats, the first empty
+    lists: list[list[int]] = [
+        [(7 * i) % n for i in range(20 * r)] for r in range(rows)
+    ]  # with repeats, the first empty
     lists[4], lists[8] = list(range(n)), list(range(n - 1, 5, -1))
     result = check_top_k(integers(rows, 4), integers(n, 4, seed=7), k=k, exclude=lists)
     assert result.indices[4].tolist() == [-1] * k
