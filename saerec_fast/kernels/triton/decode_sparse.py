@@ -1,13 +1,13 @@
 """``out[r] = Σ_e value[e] · W_dec[index[e]] + b_dec`` over the entries e of row r.
 
-Layout: entries in compressed rows (int64 offsets), ``W_dec (n, d)`` with unit column stride, one program per row and block of
-columns. Entries with a negative index are padding.
+Layout: entries in compressed rows (int64 offsets), ``W_dec (n, d)`` with unit column stride, one program per row and
+block of columns. Entries with a negative index are padding.
 
-Accumulator: float32, rounded once. Entries are added 16 at a time, always in the same grouping: a row's bits depend on its
-own entries alone. Duplicates simply add up.
+Accumulator: float32, rounded once. Entries are added 16 at a time, always in the same grouping: a row's bits depend on
+its own entries alone. Duplicates simply add up.
 
-Tile: 16 entries × up to 256 columns: 16 rows of W_dec in flight hide the latency of a gather from the second-level cache,
-and one program then covers the width of most dictionaries.
+Tile: 16 entries × up to 256 columns: 16 rows of W_dec in flight hide the latency of a gather from the second-level
+cache, and one program then covers the width of most dictionaries.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Dense activations ``(R, m)`` of chosen features of a threshold SAE: ``score if not (score <= threshold) else 0``.
 
-Layout: ids int64 ``(m,)``; the rows of W_enc are gathered, so that m features cost m dot products. An id outside the dictionary
-gives NaN: looking at ids on the host would wait for the device.
+Layout: ids int64 ``(m,)``; the rows of W_enc are gathered, so that m features cost m dot products. An id outside the
+dictionary gives NaN: looking at ids on the host would wait for the device.
 
-Accumulator: float32; tiles, shift and bias as in scores.py, so that an activation is the same bits as ``encode_threshold``
-gives. Nothing is ordered.
+Accumulator: float32; tiles, shift and bias as in scores.py, so that an activation is the same bits as
+``encode_threshold`` gives. Nothing is ordered.
 """
 
 from __future__ import annotations

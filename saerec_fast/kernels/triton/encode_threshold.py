@@ -1,10 +1,10 @@
 """Features whose score is ``not (score <= threshold)``, in ascending order per row: compressed rows.
 
-1. ``mark_kernel``: scores tile by tile; one bit per feature that is active, ``(R, n / 32)`` words, and how many there are per
-   row and part of the dictionary.
+1. ``mark_kernel``: scores tile by tile; one bit per feature that is active, ``(R, n / 32)`` words, and how many there
+   are per row and part of the dictionary.
 2. An exclusive scan of these counts (``torch.cumsum``): where each part's entries start.
-3. The host reads the total, once, to allocate exactly: the only wait, and why this op cannot be captured in a CUDA graph
-   (``reconstruct`` and ``steer`` of top-k SAEs can).
+3. The host reads the total, once, to allocate exactly: the only wait, and why this op cannot be captured in a CUDA
+   graph (``reconstruct`` and ``steer`` of top-k SAEs can).
 4. ``fill_kernel``: the same tiles again; the bits, not the recomputed scores, say what is stored, and a running count
    per row says where. So the entries always fit what was counted.
 

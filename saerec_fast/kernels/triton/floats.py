@@ -1,7 +1,7 @@
 """Conversions between float32 and the dtypes of tensors, rounding to nearest even.
 
-On a GPU they are one instruction each. Triton's interpreter (3.6 to 3.9) cuts bfloat16 off instead of rounding, and multiplies the
-bit patterns in a product of bfloat16 tiles; there the same is done on the bits.
+On a GPU they are one instruction each. Triton's interpreter (3.6 to 3.9) cuts bfloat16 off instead of rounding, and
+multiplies the bit patterns in a product of bfloat16 tiles; there the same is done on the bits.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ def _probe() -> None:
 # TRITON_INTERPRET decides when a kernel is decorated, not when it is launched.
 INTERPRETED = not isinstance(_probe, JITFunction)
 
-# Products and sums may be fused, as on the CPU: float32 tiles depend on it for their speed. Newer versions ask to be told.
+# Products and sums may be fused, as on the CPU: float32 tiles depend on it for their speed. Triton's default is to
+# change with 3.10, and 3.9 warns of it.
 OPTIONS = {"enable_fp_fusion": True}
 
 

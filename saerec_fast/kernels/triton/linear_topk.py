@@ -3,23 +3,25 @@
 1. ``group_maxima_kernel``: features fall into groups, one maximum each is kept per row: ``G`` numbers instead of n. A
    group is one column of the tile over consecutive tiles, so that the maximum needs no exchange between threads.
 2. ``bound_kernel``: a value that at least k of the maxima, hence at least k scores, reach; by bisection.
-3. ``emit_kernel``: the same tiles again; what reaches the bound goes to the row's list of at most ``CAPACITY`` candidates.
-   One counter per row gives out the places, one addition per row and tile: the list's order varies from run to run, what is
-   in it and how many do not.
-4. ``repair_kernel``: rows with more candidates than fit (many ties, mostly), or fewer than k, get exactly their k best, by
-   bisection over recomputed scores. Always launched, so that the host never waits to learn whether there are any.
+3. ``emit_kernel``: the same tiles again; what reaches the bound goes to the row's list of at most ``CAPACITY``
+   candidates. One counter per row gives out the places, one addition per row and tile: the list's order varies from run
+   to run, what is in it and how many do not.
+4. ``repair_kernel``: rows with more candidates than fit (many ties, mostly), or fewer than k, get exactly their k best,
+   by bisection over recomputed scores. Always launched, so that the host never waits to learn whether there are any.
 5. ``select_kernel``: sorts a row's candidates and keeps k.
 
-Why it is exact: the candidates are all features whose score in step 3 reaches the bound, and there are at least k of them;
-so the k best by the scores of step 3 are among them, whatever step 1 computed. Steps 1 and 2 only decide how many.
+Why it is exact: the candidates are all features whose score in step 3 reaches the bound, and there are at least k of
+them; so the k best by the scores of step 3 are among them, whatever step 1 computed. Steps 1 and 2 only decide how
+many.
 
-Order: int32 images of float32 scores (see scores.py); int64 with the feature below, so that ties go to the smallest index
-and no two candidates are equal: the sort's result does not depend on the order in which they came.
+Order: int32 images of float32 scores (see scores.py); int64 with the feature below, so that ties go to the smallest
+index and no two candidates are equal: the sort's result does not depend on the order in which they came.
 
 Accumulator: float32. Excluded features are a bit mask ``(R, n / 32)``.
 
-Sizes: groups are about 4 k, so that the bound is passed by about 1.15 k features of random data (see docs/gpu.md), and more
-where few rows would leave the device idle; the list holds 2 k. Dictionaries that fit into the list skip steps 1 and 2.
+Sizes: groups are about 4 k, so that the bound is passed by about 1.15 k features of random data (see docs/gpu.md), and
+more where few rows would leave the device idle; the list holds 2 k. Dictionaries that fit into the list skip steps 1
+and 2.
 """
 
 from __future__ import annotations
@@ -176,7 +178,7 @@ def bound_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """``bounds (R,)``: an order that at least k of the row's maxima reach, at most RESOLUTION below the largest such."""
+    """``bounds (R,)``: an order that at least k of the row's maxima reach, at most RESOLUTION below the largest."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     groups = tl.arange(0, BLOCK_GROUPS)
     is_row = rows < n_rows
@@ -224,7 +226,7 @@ def emit_kernel(
     BLOCK_N: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """``candidates (R, CAPACITY)``: packed orders that reach the bound; ``counts (R,)``: how many there are, all told."""
+    """``candidates (R, CAPACITY)``: packed orders that reach the bound; ``counts (R,)``: how many do, all told."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < n_rows
     held = load_states(x_ptr, x_row, x_column, rows, is_row, shift_ptr, 0, SHIFTED, D, BLOCK_D)
@@ -302,8 +304,9 @@ def repair_kernel(
         high = tl.full([BLOCK_M], LOWEST, tl.int32)
         kept_above = tl.zeros([BLOCK_M], tl.int32)
         lists = candidates_ptr + rows.to(tl.int64) * CAPACITY
-        # Sweeps over all features, each comparing with one order per row: the first (stage 0) checks the bound and finds
-        # the largest order, then some bisect (1), one counts what is above the k-th largest order (2), the last writes (3).
+        # Sweeps over all features, each comparing with one order per row: the first (stage 0) checks the bound and
+        # finds the largest order, then some bisect (1), one counts what is above the k-th largest (2), the last
+        # writes (3).
         stage = 0
         while stage < 4:
             middle = low
@@ -312,7 +315,7 @@ def repair_kernel(
                 middle = (wide + (high - wide + 1) // 2).to(tl.int32)
             above = tl.zeros([BLOCK_M], tl.int32)
             equal = tl.zeros([BLOCK_M], tl.int32)
-            for tile in range(0, tl.cdiv(n, BLOCK_N)):
+            for tile in range(tl.cdiv(n, BLOCK_N)):
                 features = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 order = order_tile(
                     held,
@@ -364,9 +367,9 @@ def repair_kernel(
                 else:
                     tl.store(counts_ptr + rows, tl.minimum(reach, k), mask=broken)
                 stage += 1
-            if stage == 1:
-                if tl.max((high > low).to(tl.int32), axis=0) == 0:  # noqa: SIM102 - triton does not short-circuit
-                    stage = 2
+            found = tl.max((high > low).to(tl.int32), axis=0) == 0
+            if (stage == 1) & found:
+                stage = 2
 
 
 @triton.jit

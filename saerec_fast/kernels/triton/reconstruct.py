@@ -1,12 +1,13 @@
 """Encode and decode: ``act(W_enc (x − b_dec) + b_enc) W_dec + b_dec``.
 
-Top-k up to d = 512: the program that selects a row's features also decodes them (``DECODES`` in linear_topk.py): one launch
-less, and what it decodes from is still in its cache. It reads the k values and indices back after a barrier, since a sorted
-register tile cannot be indexed. Activations are not rounded on the way. Wider states get a decode launch of their own, with
-programs for blocks of columns.
+Top-k up to d = 512: the program that selects a row's features also decodes them (``DECODES`` in linear_topk.py): one
+launch less, and what it decodes from is still in its cache. It reads the k values and indices back after a barrier,
+since a sorted register tile cannot be indexed. Activations are not rounded on the way. Wider states get a decode launch
+of their own, with programs for blocks of columns.
 
-Threshold activations: the composition of ``encode_threshold`` and ``decode_sparse``, which waits for the number of entries
-once. A single pass that multiplies the activations with W_dec on tensor cores would round them to 16 bits first.
+Threshold activations: the composition of ``encode_threshold`` and ``decode_sparse``, which waits for the number of
+entries once. A single pass that multiplies the activations with W_dec on tensor cores would round them to 16 bits
+first.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ inputs are multiplied as they are (``input_precision="ieee"``, fused multiply-ad
 pass of tf32 drops 13 bits, and that three passes stay within the contract's bound could not be shown without hardware.
 
 Shift: float32 takes it off in registers, as the reference does. A centred 16-bit number would have to be rounded before
-the tensor cores take it, so there ``−W shift`` goes into a float32 bias (``folded_bias``), a sum over the weights once per
-call.
+the tensor cores take it, so there ``−W shift`` goes into a float32 bias (``folded_bias``), a sum over the weights once
+per call.
 
 Order: ``order_of`` maps a score to an int32 that sorts as the contract asks (NaN above everything, both zeros equal);
 ``pack`` puts the feature below it, so that one int64 comparison also settles ties by the smallest index.
@@ -19,8 +19,8 @@ Order: ``order_of`` maps a score to an int32 that sorts as the contract asks (Na
 Tiles: 64 rows, because sm_90's warpgroup product takes 64, and 64 features: the accumulator, its order and the 64-bit
 addresses of the kernels that store parts of it then fit into the registers of eight warps. They are the same for every
 batch size, so that a row's scores are the same bits in whatever batch it arrives. Narrow states (16-bit: up to 128
-columns, float32: up to 16) are held for all features; wider ones are read again, 32 or 16 columns at a time, the largest
-blocks with which no kernel spills on sm_80 and sm_90 (tests/kernels/triton/test_aot.py).
+columns, float32: up to 16) are held for all features; wider ones are read again, 32 or 16 columns at a time, the
+largest blocks with which no kernel spills on sm_80 and sm_90 (tests/kernels/triton/test_aot.py).
 """
 
 from __future__ import annotations
@@ -153,10 +153,9 @@ def folded_bias_kernel(
     """``out[i] = bias[j] − <w[j], shift>`` in float32 for every feature j, or for the i-th of the chosen ones."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < size
+    features = places
     if CHOSEN:
         features = tl.load(features_ptr + places, mask=inside, other=0)
-    else:
-        features = places
     known = inside & (features >= 0) & (features < n)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK_D):

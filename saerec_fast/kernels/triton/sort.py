@@ -1,7 +1,8 @@
 """Rows of int64 in descending order: a bitonic network of compare-and-exchange steps in registers.
 
-``tl.sort`` finds the partner of an element by a reduction with exclusive or, which Triton's interpreter evaluates element by
-element in Python: minutes for what tests need. Here it is a sum less the element, exact modulo 2^64, and otherwise the same network.
+``tl.sort`` finds the partner of an element by a reduction with exclusive or, which Triton's interpreter evaluates
+element by element in Python: minutes for what tests need. Here it is a sum less the element, exact modulo 2^64, and
+otherwise the same network.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The gradient of decoding with respect to the values.
 
-Layout: entries in compressed rows (int64 offsets), both matrices with unit column stride; one program per row, which holds a
-block of the row and gathers 16 rows of the weights at a time.
+Layout: entries in compressed rows (int64 offsets), both matrices with unit column stride; one program per row, which
+holds a block of the row and gathers 16 rows of the weights at a time.
 
 Accumulator: float32, columns in blocks of up to 256 in ascending order, rounded once. Nothing is ordered.
 """

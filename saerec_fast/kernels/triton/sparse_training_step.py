@@ -1,8 +1,8 @@
 """What follows the encoder in a training step, as a composition of the other kernels; no kernel of its own.
 
-``r = a W_dec + b_dec − x``; the entries' gradients are ``<scale · r, W_dec[j]> + penalty`` where ``a > 0`` (``sparse_dot``), the
-weights' are sums grouped by feature (``sparse_weight_gradient``). Nothing of size R × n or R × k × d is held. Residual and
-entries' gradients stay in float32 between the kernels; every sum has a fixed order.
+``r = a W_dec + b_dec − x``; the entries' gradients are ``<scale · r, W_dec[j]> + penalty`` where ``a > 0``
+(``sparse_dot``), the weights' are sums grouped by feature (``sparse_weight_gradient``). Nothing of size R × n or R × k
+× d is held. Residual and entries' gradients stay in float32 between the kernels; every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -40,5 +40,6 @@ def sparse_training_step(
     sums = torch.stack([residual.double().square().sum(), values.double().sum()])
     # Integers: the order in which they are added does not show.
     counts = torch.zeros(n, dtype=torch.int64, device=x.device).index_add_(0, indices.long(), active.long())
-    results = (residual, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec)
-    return sums, counts, *(result.to(x.dtype) for result in results)
+    dtype = x.dtype
+    encoder_gradients = grad_W_enc.to(dtype), grad_b_enc.to(dtype)
+    return sums, counts, residual.to(dtype), *encoder_gradients, grad_W_dec.to(dtype), grad_b_dec.to(dtype)

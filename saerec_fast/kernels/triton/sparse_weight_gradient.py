@@ -2,15 +2,15 @@
 
 The gradient of encoding and of decoding with respect to the weights.
 
-1. The entries are sorted by feature on the device (stable: those of one feature stay in row order), and every entry's row is
-   found by a search in the offsets; nothing waits for the host.
-2. One program per feature and block of columns adds that feature's entries 16 at a time, in that order: no atomics, the same
-   bits every time. A feature without entries gets zeros.
+1. The entries are sorted by feature on the device (stable: those of one feature stay in row order), and every entry's
+   row is found by a search in the offsets; nothing waits for the host.
+2. One program per feature and block of columns adds that feature's entries 16 at a time, in that order: no atomics, the
+   same bits every time. A feature without entries gets zeros.
 
 Accumulator: float32, rounded once. Entries with a negative index are padding.
 
-Tile: 16 entries × up to 128 columns, as in decode_sparse.py; narrower blocks, because the programs of a few very active features
-decide when the launch ends.
+Tile: 16 entries × up to 128 columns, as in decode_sparse.py; narrower blocks, because the programs of a few very active
+features decide when the launch ends.
 """
 
 from __future__ import annotations

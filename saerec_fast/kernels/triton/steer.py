@@ -10,14 +10,16 @@ The least exact work that the plan allows:
 
 1. The encoders of the other files give activations, unrounded.
 2. ``edit_kernel``: per edited feature ("slot") the edits in the plan's order; the change ``a' − a`` or ``a'``, float32
-   ``(R, slots)``. A feature that is only added to changes by the sum of its values, also where its activation is not finite.
-3. ``apply_kernel`` or ``rebuild_kernel``: one program per row and block of columns. Rows outside the mask, rows without a
-   change and elements whose change sums to 0 are copied: the same bits.
+   ``(R, slots)``. A feature that is only added to changes by the sum of its values, also where its activation is not
+   finite.
+3. ``apply_kernel`` or ``rebuild_kernel``: one program per row and block of columns. Rows outside the mask, rows without
+   a change and elements whose change sums to 0 are copied: the same bits.
 
-Accumulator: float32, rounded once; entries and slots 16 at a time in their order (decode_sparse.py). Ties: as in the encoders.
+Accumulator: float32, rounded once; entries and slots 16 at a time in their order (decode_sparse.py). Ties: as in the
+encoders.
 
-What depends on the plan alone lies on the device and is kept: calls with the same plan copy nothing from the host, and those
-of top-k SAEs, or in delta mode, can be captured in a CUDA graph after a first call.
+What depends on the plan alone lies on the device and is kept: calls with the same plan copy nothing from the host, and
+those of top-k SAEs, or in delta mode, can be captured in a CUDA graph after a first call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiles what the ops launch, for GPUs that need not be there, and prints one line of JSON per kernel.
 
-The ops run on CPU tensors with every launch recorded instead of made, so that what is compiled is what is in use: types,
-constants, warps, stages, and what triton concludes from the values of arguments.
+The ops run on CPU tensors with every launch recorded instead of made, so that what is compiled is what is in use:
+types, constants, warps, stages, and what triton concludes from the values of arguments.
 
     python compile_kernels.py 80
 """

@@ -1,5 +1,6 @@
-"""Every kernel in use compiles ahead of time for sm_80 and sm_90: no spills, shared memory that fits, tensor cores where
-they are claimed, and never tf32."""
+"""Every kernel in use compiles ahead of time for sm_80 and sm_90: no spills, shared memory that fits, tensor cores
+where they are claimed, and never tf32.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Runs interpreted/ in a process of its own: triton reads TRITON_INTERPRET when it is imported, and other tests, or what
-they import, import it too."""
+"""Runs interpreted/ in a process of its own: triton reads TRITON_INTERPRET when it is imported, and other tests, or
+what they import, import it too.
+"""
 
 from __future__ import annotations
 

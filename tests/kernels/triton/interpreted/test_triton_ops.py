@@ -29,7 +29,7 @@ def test_the_backend_is_there_and_named() -> None:
     from saerec_fast.info import info
 
     assert info()["backends"]["triton"] == "usable, interpreted on the CPU"
-    with pytest.raises(ValueError, match="'triton' takes float32, bfloat16 and float16, got torch.float64"):
+    with pytest.raises(ValueError, match=r"'triton' takes float32, bfloat16 and float16, got torch\.float64"):
         fast.linear_topk(torch.ones(2, 3).double(), torch.ones(4, 3).double(), k=1, backend="triton")
 
 

@@ -75,7 +75,7 @@ def test_only_the_rows_that_overflow_are_repaired() -> None:
 
 
 def test_many_candidates_on_many_levels() -> None:
-    # A group's column is one residue of the feature: the best 320 scores lie in 5 of them, so that the bound is far too low.
+    # A group is one residue of the feature: the best scores lie in 5 of 64 groups, so that the bound is far too low.
     n, k = 1280, 64
     weight = torch.zeros(n, 1)
     weight[:, 0] = torch.where(torch.arange(n) % 64 < 5, torch.arange(n) * 3.0 + 5000, torch.arange(n) % 11 * 1.0)

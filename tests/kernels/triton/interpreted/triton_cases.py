@@ -1,4 +1,4 @@
-"""What the interpreted tests share: sizes the interpreter can do in seconds, and data on which float32 sums are exact."""
+"""Shared by the interpreted tests: sizes that take the interpreter seconds, and data whose float32 sums are exact."""
 
 from __future__ import annotations
 
