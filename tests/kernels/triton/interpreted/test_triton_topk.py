@@ -20,6 +20,7 @@ from triton_cases import SMALL_CASES, TWO_PASS_CASES, check_features, check_top_
 
 import saerec_fast as fast
 from saerec_fast import reference
+from saerec_fast.kernels.triton import linear_topk
 
 INF, NAN = float("inf"), float("nan")
 
@@ -74,12 +75,14 @@ def test_only_the_rows_that_overflow_are_repaired() -> None:
     check_top_k(x, integers(300, 6, low=-9, high=9, seed=1), k=7)
 
 
-def test_many_candidates_on_many_levels() -> None:
-    # A group is one residue of the feature: the best scores lie in 5 of 64 groups, so that the bound is far too low.
-    n, k = 1280, 64
-    weight = torch.zeros(n, 1)
-    weight[:, 0] = torch.where(torch.arange(n) % 64 < 5, torch.arange(n) * 3.0 + 5000, torch.arange(n) % 11 * 1.0)
-    check_top_k(torch.tensor([[1.0], [-1.0]]), weight, k=k)
+def test_lists_that_overflow_before_the_best_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_topk, "PROGRAMS", 1)
+    # One program, so that a group is one residue of the feature by 64. The best scores lie in 5 groups, the best of all
+    # last: the bound is what the other groups reach, and the list is full of them long before.
+    features = torch.arange(1280)
+    weight = torch.where(features % 64 < 5, features * 3 + 5000, features % 11).float().unsqueeze(1)
+    for k in (16, 120):  # more than the best alone for the second
+        check_top_k(torch.tensor([[1.0], [-1.0], [0.0]]), weight, k=k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
