@@ -4,7 +4,8 @@ Notation: hidden states ``x (..., d)``, ``W_enc (n, d)``, ``b_enc (n)``, ``W_dec
 bfloat16 or float16, all of one dtype (float64 runs on the reference). A bias of ``None`` is zero. Inputs may have any
 strides and any alignment. Every op is differentiable in its floating point arguments but thresholds.
 ``backend="auto"`` takes the fastest backend that can run and falls back to the reference (see
-:func:`saerec_fast.info.info`); a named one raises ``ValueError`` where it cannot run.
+:func:`saerec_fast.info.info`); a named one raises ``ValueError`` where it cannot run. ``"triton"`` takes CUDA
+tensors, selects up to 512 features, and has not run on hardware yet (docs/gpu.md); ``packed`` is for the CPU kernels.
 
 Raised by all: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape, device or range.
 """

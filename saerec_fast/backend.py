@@ -90,7 +90,7 @@ def resolve(backend: str, x: Tensor) -> str:
         usable = [name for name, reason in available_backends().items() if not reason]
         raise ValueError(f"backend: {backend!r} cannot run here: {problem}; usable: {', '.join(usable)}")
     if backend != "reference":
-        if backend == "cpu" or triton_is_interpreted():
+        if backend == "cpu" or (backend == "triton" and triton_is_interpreted()):
             device_type, where = "cpu", "on the CPU"
         else:
             device_type, where = "cuda", "on a CUDA device"

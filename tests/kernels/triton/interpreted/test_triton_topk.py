@@ -79,9 +79,9 @@ def test_lists_that_overflow_before_the_best_candidates(monkeypatch: pytest.Monk
     monkeypatch.setattr(linear_topk, "PROGRAMS", 1)
     # One program, so that a group is one residue of the feature by 64. The best scores lie in 5 groups, the best of all
     # last: the bound is what the other groups reach, and the list is full of them long before.
-    features = torch.arange(1280)
+    features = torch.arange(640)
     weight = torch.where(features % 64 < 5, features * 3 + 5000, features % 11).float().unsqueeze(1)
-    for k in (16, 120):  # more than the best alone for the second
+    for k in (16, 60):  # more than the best alone for the second
         check_top_k(torch.tensor([[1.0], [-1.0], [0.0]]), weight, k=k)
 
 
