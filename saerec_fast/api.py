@@ -4,7 +4,8 @@ Notation: hidden states ``x (..., d)``, ``W_enc (n, d)``, ``b_enc (n)``, ``W_dec
 bfloat16 or float16, all of one dtype (float64 runs on the reference). A bias of ``None`` is zero. Inputs may have any
 strides and any alignment. Every op is differentiable in its floating point arguments but thresholds.
 ``backend="auto"`` takes the fastest backend that can run and falls back to the reference (see
-:func:`saerec_fast.info.info`); a named one raises ``ValueError`` where it cannot run.
+:func:`saerec_fast.info.info`); a named one raises ``ValueError`` where it cannot run. ``"triton"`` takes CUDA
+tensors, selects up to 512 features, and has not run on hardware yet (docs/gpu.md); ``packed`` is for the CPU kernels.
 
 Raised by all: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape, device or range.
 """
@@ -50,11 +51,11 @@ __all__ = [
 ]
 
 
-def _run(name: str, *args: Any) -> Any:
+def _run(backend: str, name: str, *args: Any) -> Any:
     """A kernel: directly under inference_mode, through the dispatcher where autograd or a compiler must see it."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if backend == "cpu" and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return getattr(_kernels, name)(*args)
-    return getattr(torch.ops.saerec_fast, name)(*args)
+    return getattr(ops.operators_of(backend), name)(*args)
 
 
 def pack_weights(weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
@@ -124,11 +125,15 @@ def linear_topk(
     batch_shape = x.shape[:-1]
     excluded = validation.check_exclude(exclude, batch_shape.numel(), x)
     packed_bytes = validation.check_packed(packed, weight, bias)
-    if resolve(backend, x) == "reference":
+    chosen = resolve(backend, x)
+    if chosen == "reference":
         validation.check_exclude_values(excluded, weight.shape[0])
         return reference.linear_topk(x, weight, bias, k=k, exclude=excluded)
+    if chosen != "cpu" and not torch.compiler.is_compiling():
+        # Only the C++ kernels look for themselves; elsewhere it means to wait for the device.
+        validation.check_exclude_values(excluded, weight.shape[0])
     offsets, ids = (None, None) if excluded is None else excluded
-    values, indices = _run("linear_topk", _flat(x), weight, bias, k, offsets, ids, packed_bytes)
+    values, indices = _run(chosen, "linear_topk", _flat(x), weight, bias, k, offsets, ids, packed_bytes)
     return TopKResult(values.view(*batch_shape, k), indices.view(*batch_shape, k))
 
 
@@ -150,9 +155,10 @@ def encode_topk(
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     validation.check_k(k, W_enc.shape[0])
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
-    if resolve(backend, x) == "reference":
+    chosen = resolve(backend, x)
+    if chosen == "reference":
         return reference.encode_topk(x, W_enc, b_enc, b_dec, k=k)
-    values, indices = _run("encode_topk", _flat(x), W_enc, b_enc, b_dec, k, packed_bytes)
+    values, indices = _run(chosen, "encode_topk", _flat(x), W_enc, b_enc, b_dec, k, packed_bytes)
     batch_shape = x.shape[:-1]
     offsets = ops.uniform_offsets(batch_shape.numel(), k, x.device)
     return SparseFeatures(offsets, indices.view(-1), values.view(-1), W_enc.shape[0], tuple(batch_shape))
@@ -177,9 +183,10 @@ def encode_threshold(
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     bound = validation.check_threshold(threshold, W_enc.shape[0], x)
-    if resolve(backend, x) == "reference":
+    chosen = resolve(backend, x)
+    if chosen == "reference":
         return reference.encode_threshold(x, W_enc, b_enc, b_dec, bound)
-    offsets, indices, values = _run("encode_threshold", _flat(x), W_enc, b_enc, b_dec, bound, packed_bytes)
+    offsets, indices, values = _run(chosen, "encode_threshold", _flat(x), W_enc, b_enc, b_dec, bound, packed_bytes)
     return SparseFeatures(offsets, indices, values, W_enc.shape[0], tuple(x.shape[:-1]))
 
 
@@ -197,9 +204,10 @@ def encode_features(
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     bound = validation.check_threshold(threshold, W_enc.shape[0], x)
     validation.check_features(features, W_enc.shape[0])
-    if resolve(backend, x) == "reference":
+    chosen = resolve(backend, x)
+    if chosen == "reference":
         return reference.encode_features(x, W_enc, b_enc, b_dec, bound, features)
-    out = _run("encode_features", _flat(x), W_enc, b_enc, b_dec, bound, features)
+    out = _run(chosen, "encode_features", _flat(x), W_enc, b_enc, b_dec, bound, features)
     return out.view(*x.shape[:-1], features.shape[0])
 
 
@@ -215,9 +223,10 @@ def decode_sparse(
     validation.check_bias("b_dec", b_dec, W_dec.shape[1], W_dec)
     if features.values.dtype != W_dec.dtype:
         raise TypeError(f"features: expected values of {W_dec.dtype} like W_dec, got {features.values.dtype}")
-    if resolve(backend, W_dec) == "reference":
+    chosen = resolve(backend, W_dec)
+    if chosen == "reference":
         return reference.decode_sparse(features, W_dec, b_dec)
-    out = _run("decode_sparse", features.offsets, features.indices, features.values, W_dec, b_dec)
+    out = _run(chosen, "decode_sparse", features.offsets, features.indices, features.values, W_dec, b_dec)
     return out.view(*features.batch_shape, W_dec.shape[1])
 
 
@@ -238,9 +247,10 @@ def reconstruct(
     """
     k, threshold = _check_autoencoder(x, W_enc, b_enc, b_dec, W_dec, activation)
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
-    if resolve(backend, x) == "reference":
+    chosen = resolve(backend, x)
+    if chosen == "reference":
         return reference.reconstruct(x, W_enc, b_enc, b_dec, W_dec, activation)
-    return _run("reconstruct", _flat(x), W_enc, b_enc, b_dec, W_dec, threshold, k, packed_bytes).view(x.shape)
+    return _run(chosen, "reconstruct", _flat(x), W_enc, b_enc, b_dec, W_dec, threshold, k, packed_bytes).view(x.shape)
 
 
 def steer(
@@ -275,7 +285,8 @@ def steer(
     batch_shape = x.shape[:-1]
     validation.check_strengths(strengths, plan, batch_shape, x)
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
-    if resolve(backend, x) == "reference":
+    chosen = resolve(backend, x)
+    if chosen == "reference":
         return reference.steer(x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid)
     mask = reference.steered_positions(plan, batch_shape, valid, x.device)
     if strengths is None:
@@ -286,6 +297,7 @@ def steer(
         values = strengths.expand(*batch_shape, len(plan.edits)).reshape(batch_shape.numel(), len(plan.edits))
     edited = [j for j, _ in plan.feature_edits]
     out = _run(
+        chosen,
         "steer",
         _flat(x),
         W_enc,

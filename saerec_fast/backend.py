@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -11,10 +14,12 @@ from torch import Tensor
 Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# dtypes the C++ kernels take; float64 runs on the reference.
+# dtypes the kernels take; float64 runs on the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ISA_VARIABLE = "SAEREC_FAST_ISA"
+
+INTERPRET_VARIABLE = "TRITON_INTERPRET"  # triton's own
 
 
 def _load_extension() -> str:
@@ -39,12 +44,34 @@ _extension_problem = _load_extension()
 
 def available_backends() -> dict[str, str]:
     """Every backend, with an empty string if it can run here, else the reason why not."""
-    gpu = "GPU kernels are not part of this version"
-    return {"cpu": _extension_problem, "triton": gpu, "cuda": gpu, "reference": ""}
+    triton = _triton_problem(triton_is_interpreted())
+    cuda = "CUDA C++ kernels are not part of this version"
+    return {"cpu": _extension_problem, "triton": triton, "cuda": cuda, "reference": ""}
+
+
+def triton_is_interpreted() -> bool:
+    """Whether the Triton kernels run, or would run, in triton's interpreter, on CPU tensors."""
+    # The variable counts when kernels are imported, not after.
+    loaded = sys.modules.get("saerec_fast.kernels.triton.launch")
+    if loaded is not None:
+        return bool(loaded.INTERPRETED)
+    return os.environ.get(INTERPRET_VARIABLE, "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@lru_cache
+def _triton_problem(interpreted: bool) -> str:
+    if not interpreted and not torch.cuda.is_available():
+        return f"it needs a CUDA device, and torch sees none ({INTERPRET_VARIABLE}=1 interprets the kernels on the CPU)"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation fails in many ways
+        return f"triton cannot be imported ({error})"
+    return ""
 
 
 def choose(device_type: str) -> str:
     """The backend that ``auto`` takes for tensors on a device type such as ``"cpu"`` or ``"cuda"``."""
+    # The Triton kernels have not run on hardware yet: until they have, only who asks for them gets them.
     return "cpu" if device_type == "cpu" and not _extension_problem else "reference"
 
 
@@ -62,9 +89,15 @@ def resolve(backend: str, x: Tensor) -> str:
     if problem:
         usable = [name for name, reason in available_backends().items() if not reason]
         raise ValueError(f"backend: {backend!r} cannot run here: {problem}; usable: {', '.join(usable)}")
-    if backend == "cpu":
-        if x.device.type != "cpu":
-            raise ValueError(f"backend: 'cpu' needs tensors on the CPU, got {x.device}")
+    if backend != "reference":
+        if backend == "cpu" or (backend == "triton" and triton_is_interpreted()):
+            device_type, where = "cpu", "on the CPU"
+        else:
+            device_type, where = "cuda", "on a CUDA device"
+        if x.device.type != device_type:
+            raise ValueError(f"backend: {backend!r} needs tensors {where}, got {x.device}")
         if x.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"backend: 'cpu' takes float32, bfloat16 and float16, got {x.dtype}; use 'reference'")
+            raise ValueError(
+                f"backend: {backend!r} takes float32, bfloat16 and float16, got {x.dtype}; use 'reference'"
+            )
     return backend

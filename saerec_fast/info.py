@@ -24,7 +24,7 @@ def info() -> dict[str, Any]:
         "versions": _versions(),
         "extension": _extension(),
         "devices": {"cpu": _cpu_name(), "cuda": _cuda()},
-        "backends": {name: reason or "usable" for name, reason in backend.available_backends().items()},
+        "backends": {name: reason or _usable(name) for name, reason in backend.available_backends().items()},
         "auto": {device: _automatic_choice(device) for device in ("cpu", "cuda")},
         "threads": _threads(),
     }
@@ -87,13 +87,19 @@ def _cuda() -> str:
     return "none: no device is visible"
 
 
+def _usable(name: str) -> str:
+    return "usable, interpreted on the CPU" if name == "triton" and backend.triton_is_interpreted() else "usable"
+
+
 def _automatic_choice(device: str) -> str:
     choice = backend.choose(device)
     reasons = backend.available_backends()
     if choice != "reference":
         return choice
+    if device == "cuda" and torch.cuda.is_available() and not reasons["triton"]:
+        return "reference: the Triton kernels have not run on hardware yet; backend='triton' runs them"
     wanted = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}[device]
-    return "reference: " + "; ".join(dict.fromkeys(reasons[name] for name in wanted if reasons[name]))
+    return "reference: " + "; ".join(f"{name}: {reasons[name]}" for name in wanted if reasons[name])
 
 
 def _threads() -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The ops as PyTorch operators ``torch.ops.saerec_fast.*``: CPU kernels, fake kernels, autograd.
+"""The ops as PyTorch operators: kernels, fake kernels, autograd.
+
+``torch.ops.saerec_fast.*`` run the C++ kernels, ``torch.ops.saerec_fast_triton.*`` the Triton ones: a set of operators
+for each backend, since two backends may take tensors of one device, and a backward pass must stay on the backend of its
+forward pass.
 
 Everything here works on flat hidden states ``(R, d)`` and trusts its arguments; callers use :mod:`saerec_fast.api`.
 ``Library.define`` / ``impl`` with an ``autograd.Function`` under the Autograd key costs a third of what
@@ -7,6 +11,8 @@ Everything here works on flat hidden states ``(R, d)`` and trusts its arguments;
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from saerec_fast.backend import available_backends
 from saerec_fast.types.plan import OPS
 
-_library = torch.library.Library("saerec_fast", "DEF")
+# The namespace of each backend's operators.
+NAMESPACES = {"cpu": "saerec_fast", "triton": "saerec_fast_triton"}
 
 _SCHEMAS = {
     "linear_topk": "(Tensor x, Tensor weight, Tensor? bias, int k, Tensor? exclude_offsets, Tensor? exclude_ids,"
@@ -40,16 +47,6 @@ _SCHEMAS = {
     " bool reconstruct, int[] features, int[] ops, Tensor values, Tensor? mask,"
     " Tensor? packed=None) -> Tensor",
 }
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-if not available_backends()["cpu"]:
-    from saerec_fast.kernels import cpu
-
-    for _name in _SCHEMAS:
-        _library.impl(_name, getattr(cpu, _name), "CPU")
-
-_ops = torch.ops.saerec_fast
 
 
 def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
@@ -57,18 +54,17 @@ def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
     return torch.arange(rows + 1, device=device) * k
 
 
-@torch.library.register_fake("saerec_fast::linear_topk", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Any, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_linear_topk(x: Tensor, weight: Tensor, bias: Any, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
-@torch.library.register_fake("saerec_fast::encode_topk", lib=_library)
-def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int, packed: Any = None) -> tuple[Tensor, Tensor]:
+def _fake_encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int, packed: Any = None
+) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int32)
 
 
-@torch.library.register_fake("saerec_fast::encode_threshold", lib=_library)
-def _(
+def _fake_encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, packed: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     entries = torch.library.get_ctx().new_dynamic_size()
@@ -76,60 +72,65 @@ def _(
     return offsets, x.new_empty(entries, dtype=torch.int32), x.new_empty(entries)
 
 
-@torch.library.register_fake("saerec_fast::encode_features", lib=_library)
-def _(x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor) -> Tensor:
+def _fake_encode_features(
+    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor
+) -> Tensor:
     return x.new_empty((x.shape[0], features.shape[0]))
 
 
-@torch.library.register_fake("saerec_fast::reconstruct", lib=_library)
-def _(x: Tensor, W_enc: Tensor, *args: Any) -> Tensor:
+def _fake_reconstruct(x: Tensor, W_enc: Tensor, *args: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.register_fake("saerec_fast::decode_sparse", lib=_library)
-def _(offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Any) -> Tensor:
+def _fake_decode_sparse(offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Any) -> Tensor:
     return W_dec.new_empty((offsets.shape[0] - 1, W_dec.shape[1]))
 
 
-@torch.library.register_fake("saerec_fast::sparse_dot", lib=_library)
-def _(offsets: Tensor, indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+def _fake_sparse_dot(offsets: Tensor, indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty(indices.shape[0])
 
 
-@torch.library.register_fake("saerec_fast::sparse_weight_gradient", lib=_library)
-def _(offsets: Tensor, indices: Tensor, coefficients: Tensor, rows: Tensor, shift: Any, n: int) -> Any:
+def _fake_sparse_weight_gradient(
+    offsets: Tensor, indices: Tensor, coefficients: Tensor, rows: Tensor, shift: Any, n: int
+) -> Any:
     return rows.new_empty((n, rows.shape[1])), rows.new_empty(n)
 
 
-@torch.library.register_fake("saerec_fast::sparse_training_step", lib=_library)
-def _(x: Tensor, offsets: Tensor, indices: Any, values: Any, W_enc: Tensor, W_dec: Tensor, *args: Any) -> Any:
+def _fake_sparse_training_step(
+    x: Tensor, offsets: Tensor, indices: Any, values: Any, W_enc: Tensor, W_dec: Tensor, *args: Any
+) -> Any:
     n, d = W_dec.shape
     sums, counts = x.new_empty(2, dtype=torch.float64), x.new_empty(n, dtype=torch.int64)
     shapes: tuple[tuple[int, ...], ...] = ((x.shape[0], d), (n, d), (n,), (n, d), (d,))
     return sums, counts, *(x.new_empty(shape) for shape in shapes)
 
 
-@torch.library.register_fake("saerec_fast::largest_entries", lib=_library)
-def _(offsets: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _fake_largest_entries(offsets: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(offsets), offsets.new_empty(kept)
 
 
-@torch.library.register_fake("saerec_fast::steer", lib=_library)
-def _(x: Tensor, W_enc: Tensor, *args: Any) -> Tensor:
+def _fake_steer(x: Tensor, W_enc: Tensor, *args: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _encoder_gradients(
-    ctx: Any, offsets: Tensor, indices: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None
+    ctx: Any,
+    operators: Any,
+    offsets: Tensor,
+    indices: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``<x − shift, weight> + bias`` at sparse entries, in the order x, weight, bias, shift."""
     needs_x, needs_weight, needs_bias, needs_shift = ctx.needs_encoder_grad
     grad_x = grad_weight = grad_bias = grad_shift = None
     if needs_x or needs_shift:
-        grad_x = _ops.decode_sparse(offsets, indices, gradient, weight, None)
+        grad_x = operators.decode_sparse(offsets, indices, gradient, weight, None)
     if needs_weight or needs_bias:
-        grad_weight, grad_bias = _ops.sparse_weight_gradient(offsets, indices, gradient, x, shift, weight.shape[0])
+        grad_weight, grad_bias = operators.sparse_weight_gradient(offsets, indices, gradient, x, shift, weight.shape[0])
     if needs_shift:
         assert grad_x is not None
         grad_shift = -grad_x.sum(0)
@@ -145,6 +146,7 @@ class _LinearTopK(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        operators: Any,
         x: Tensor,
         weight: Tensor,
         bias: Any,
@@ -154,8 +156,8 @@ class _LinearTopK(torch.autograd.Function):
         packed: Any = None,
     ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            values, indices = _ops.linear_topk(x, weight, bias, k, exclude_offsets, exclude_ids, packed)
-        ctx.needs_encoder_grad = (*ctx.needs_input_grad[:3], False)
+            values, indices = operators.linear_topk(x, weight, bias, k, exclude_offsets, exclude_ids, packed)
+        ctx.operators, ctx.needs_encoder_grad = operators, (*ctx.needs_input_grad[1:4], False)
         ctx.save_for_backward(x, weight, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -165,16 +167,20 @@ class _LinearTopK(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> Any:
         x, weight, indices = ctx.saved_tensors
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
-        grads = _encoder_gradients(ctx, offsets, indices.reshape(-1), grad_values.reshape(-1), x, weight, None)
-        return *grads[:3], None, None, None, None
+        grads = _encoder_gradients(
+            ctx, ctx.operators, offsets, indices.reshape(-1), grad_values.reshape(-1), x, weight, None
+        )
+        return None, *grads[:3], None, None, None, None
 
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int, packed: Any = None) -> Any:
+    def forward(
+        ctx: Any, operators: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, k: int, packed: Any = None
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            values, indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
-        ctx.needs_encoder_grad = ctx.needs_input_grad[:4]
+            values, indices = operators.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
+        ctx.operators, ctx.needs_encoder_grad = operators, ctx.needs_input_grad[1:5]
         ctx.save_for_backward(x, W_enc, b_dec, indices, values)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -186,17 +192,29 @@ class _EncodeTopK(torch.autograd.Function):
         offsets = uniform_offsets(x.shape[0], indices.shape[1], x.device)
         # "Not ≤", as the gradient of torch.relu: a NaN lets it pass.
         gradient = torch.where(values <= 0, 0, grad_values).reshape(-1)
-        return *_encoder_gradients(ctx, offsets, indices.reshape(-1), gradient, x, W_enc, b_dec), None, None
+        return (
+            None,
+            *_encoder_gradients(ctx, ctx.operators, offsets, indices.reshape(-1), gradient, x, W_enc, b_dec),
+            None,
+            None,
+        )
 
 
 class _EncodeThreshold(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, packed: Any = None
+        ctx: Any,
+        operators: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Any,
+        b_dec: Any,
+        threshold: Tensor,
+        packed: Any = None,
     ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            offsets, indices, values = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
-        ctx.needs_encoder_grad = ctx.needs_input_grad[:4]
+            offsets, indices, values = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
+        ctx.operators, ctx.needs_encoder_grad = operators, ctx.needs_input_grad[1:5]
         ctx.save_for_backward(x, W_enc, b_dec, offsets, indices)
         ctx.mark_non_differentiable(offsets, indices)
         return offsets, indices, values
@@ -205,29 +223,38 @@ class _EncodeThreshold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _offsets: Any, _indices: Any, grad_values: Tensor) -> Any:
         x, W_enc, b_dec, offsets, indices = ctx.saved_tensors
-        return *_encoder_gradients(ctx, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec), None, None
+        return (
+            None,
+            *_encoder_gradients(ctx, ctx.operators, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec),
+            None,
+            None,
+        )
 
 
 class _DecodeSparse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Any) -> Tensor:
+    def forward(
+        ctx: Any, operators: Any, offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Any
+    ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            out = _ops.decode_sparse(offsets, indices, values, W_dec, b_dec)
+            out = operators.decode_sparse(offsets, indices, values, W_dec, b_dec)
         ctx.save_for_backward(offsets, indices, values, W_dec)
+        ctx.operators = operators
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         offsets, indices, values, W_dec = ctx.saved_tensors
+        operators = ctx.operators
         grad_values = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_values = _ops.sparse_dot(offsets, indices, grad, W_dec)
         if ctx.needs_input_grad[3]:
-            grad_weight, _ = _ops.sparse_weight_gradient(offsets, indices, values, grad, None, W_dec.shape[0])
+            grad_values = operators.sparse_dot(offsets, indices, grad, W_dec)
         if ctx.needs_input_grad[4]:
+            grad_weight, _ = operators.sparse_weight_gradient(offsets, indices, values, grad, None, W_dec.shape[0])
+        if ctx.needs_input_grad[5]:
             grad_bias = grad.sum(0)
-        return None, None, grad_values, grad_weight, grad_bias
+        return None, None, None, grad_values, grad_weight, grad_bias
 
 
 class _Steer(torch.autograd.Function):
@@ -235,9 +262,10 @@ class _Steer(torch.autograd.Function):
     never stores. Their number depends on the data, which a compiler accepts inside a backward, not inside one op."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, operators: Any, *args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            out = _ops.steer(*args)
+            out = operators.steer(*args)
+        ctx.operators = operators
         ctx.tensor_places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         ctx.args = [None if isinstance(arg, Tensor) else arg for arg in args]
         ctx.save_for_backward(*(args[i] for i in ctx.tensor_places))
@@ -249,20 +277,21 @@ class _Steer(torch.autograd.Function):
         args, leaves = list(ctx.args), {}
         for i, tensor in zip(ctx.tensor_places, ctx.saved_tensors, strict=True):
             args[i] = tensor.detach()
-            if ctx.needs_input_grad[i]:
+            if ctx.needs_input_grad[i + 1]:
                 leaves[i] = args[i].requires_grad_()
         with torch.enable_grad():
-            out = _steer_differentiable(*args)
+            out = _steer_differentiable(ctx.operators, *args)
         grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if out.requires_grad:
             grads = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
         results: list[Tensor | None] = [None] * len(args)
         for i, leaf_grad in zip(leaves, grads, strict=True):
             results[i] = leaf_grad
-        return tuple(results)
+        return None, *results
 
 
 def _reconstruct_differentiable(
+    operators: Any,
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
@@ -273,7 +302,15 @@ def _reconstruct_differentiable(
     packed: Tensor | None = None,
 ) -> Any:
     no_values = torch.empty(0, dtype=torch.float32, device=x.device)
-    return _Steer.apply(x, W_enc, b_enc, b_dec, W_dec, threshold, k, True, [], [], no_values, None, packed)
+    return _Steer.apply(operators, x, W_enc, b_enc, b_dec, W_dec, threshold, k, True, [], [], no_values, None, packed)
+
+
+def _sum_by_feature(rows: Tensor, features: Tensor, n: int) -> Tensor:
+    total = rows.new_zeros((n, *rows.shape[1:]))
+    # On each device the one that adds repeated features in a fixed order: on CUDA index_add_ uses atomics.
+    if rows.is_cuda:
+        return total.index_put_((features.long(),), rows, accumulate=True)
+    return total.index_add_(0, features, rows)
 
 
 class _EncodeFeatures(torch.autograd.Function):
@@ -281,11 +318,11 @@ class _EncodeFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor
+        ctx: Any, operators: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            out = _ops.encode_features(x, W_enc, b_enc, b_dec, threshold, features)
-        ctx.needs = ctx.needs_input_grad[:4]
+            out = operators.encode_features(x, W_enc, b_enc, b_dec, threshold, features)
+        ctx.needs = ctx.needs_input_grad[1:5]
         ctx.save_for_backward(x, W_enc, b_dec, features, out)
         return out
 
@@ -301,14 +338,15 @@ class _EncodeFeatures(torch.autograd.Function):
         grad_weight = grad_bias = None
         if needs_weight:
             rows = grad.T @ (x if b_dec is None else x - b_dec)
-            grad_weight = torch.zeros_like(W_enc).index_add_(0, features, rows)
+            grad_weight = _sum_by_feature(rows, features, W_enc.shape[0])
         if needs_bias:
-            grad_bias = W_enc.new_zeros(W_enc.shape[0]).index_add_(0, features, grad.sum(0))
+            grad_bias = _sum_by_feature(grad.sum(0), features, W_enc.shape[0])
         grad_shift = -grad_x.sum(0) if needs_shift and grad_x is not None else None
-        return grad_x if needs_x else None, grad_weight, grad_bias, grad_shift, None, None
+        return None, grad_x if needs_x else None, grad_weight, grad_bias, grad_shift, None, None
 
 
 def _steer_differentiable(
+    operators: Any,
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
@@ -333,12 +371,12 @@ def _steer_differentiable(
     sparse: tuple[Tensor, Tensor, Tensor] | None = None
     if k > 0:
         if needed or reconstruct:
-            top_values, top_indices = _ops.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
+            top_values, top_indices = operators.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
             sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
             columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
     elif reconstruct:
         assert threshold is not None
-        sparse = _ops.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
+        sparse = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
         offsets, indices, entries = sparse
         entry_rows = torch.arange(rows, device=x.device).repeat_interleave(offsets.diff(), output_size=indices.shape[0])
         for slot in needed:
@@ -363,7 +401,7 @@ def _steer_differentiable(
         offsets, indices, entries = sparse
         if slots:
             entries = torch.where(torch.isin(indices, slot_ids), 0, entries)
-        steered = _ops.decode_sparse(offsets, indices, entries, W_dec, b_dec)
+        steered = operators.decode_sparse(offsets, indices, entries, W_dec, b_dec)
         if slots:
             steered = steered + torch.stack(list(edited.values()), -1) @ W_dec.index_select(0, slot_ids)
     elif slots:
@@ -385,22 +423,65 @@ _EDITS = (
 )
 
 
-def _register_autograd(name: str, differentiable: Any) -> None:
-    op = getattr(_ops, name)
+# The sparse_ operators and largest_entries serve training only and have no gradient of their own.
+_DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
+    "linear_topk": _LinearTopK.apply,
+    "encode_topk": _EncodeTopK.apply,
+    "encode_threshold": _EncodeThreshold.apply,
+    "decode_sparse": _DecodeSparse.apply,
+    "encode_features": _EncodeFeatures.apply,
+    "reconstruct": _reconstruct_differentiable,
+    "steer": _Steer.apply,
+}
+
+
+def _autograd(operators: Any, name: str) -> Callable[..., Any]:
+    op, differentiable = getattr(operators, name), _DIFFERENTIABLE[name]
 
     def implementation(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return differentiable(*args)
+            return differentiable(operators, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(name, implementation, "Autograd")
+    return implementation
 
 
-_register_autograd("linear_topk", _LinearTopK.apply)
-_register_autograd("encode_topk", _EncodeTopK.apply)
-_register_autograd("encode_threshold", _EncodeThreshold.apply)
-_register_autograd("decode_sparse", _DecodeSparse.apply)
-_register_autograd("encode_features", _EncodeFeatures.apply)
-_register_autograd("reconstruct", _reconstruct_differentiable)
-_register_autograd("steer", _Steer.apply)
+def operators_of(backend: str) -> Any:
+    """``torch.ops.<namespace>`` of a backend."""
+    return getattr(torch.ops, NAMESPACES[backend])
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def implementation(*args: Any) -> Any:
+        # Imported when first called: triton costs more than all the rest.
+        module = importlib.import_module(f"saerec_fast.kernels.triton.{name}")
+        # Triton launches on the current device.
+        with torch.cuda.device_of(args[0]):
+            return getattr(module, name)(*args)
+
+    return implementation
+
+
+def _define(backend: str) -> torch.library.Library:
+    library = torch.library.Library(NAMESPACES[backend], "DEF")
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACES[backend]}::{name}", globals()[f"_fake_{name}"], lib=library)
+        if name in _DIFFERENTIABLE:
+            library.impl(name, _autograd(operators_of(backend), name), "Autograd")
+    return library
+
+
+# Operators live as long as their libraries.
+_libraries = {backend: _define(backend) for backend in NAMESPACES}
+
+if not available_backends()["cpu"]:
+    from saerec_fast.kernels import cpu
+
+    for _name in _SCHEMAS:
+        _libraries["cpu"].impl(_name, getattr(cpu, _name), "CPU")
+for _name in _SCHEMAS:
+    # Triton's interpreter takes tensors on the CPU; saerec_fast.backend knows whether it runs.
+    for _key in ("CUDA", "CPU"):
+        _libraries["triton"].impl(_name, _triton(_name), _key)

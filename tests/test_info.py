@@ -89,3 +89,30 @@ def test_forked_child_says_that_it_is_serial() -> None:
         "os.waitpid(child, 0)"
     )
     assert "forked" in run_python("-c", code)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU triton is usable")
+def test_triton_needs_a_gpu_or_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    report = info_in_a_new_process(TRITON_INTERPRET="")
+    assert "needs a CUDA device" in report["backends"]["triton"]
+    assert report["auto"]["cuda"].startswith("reference: ")
+    report = info_in_a_new_process(TRITON_INTERPRET="1")
+    assert report["backends"]["triton"] == "usable, interpreted on the CPU"
+    assert report["auto"]["cpu"] == "cpu"
+
+
+def test_importing_does_not_load_triton() -> None:
+    assert run_python("-c", "import sys, saerec_fast; print('triton' in sys.modules)") == "False\n"
+
+
+def test_a_named_backend_that_cannot_run_says_why() -> None:
+    code = (
+        "import sys, torch; sys.modules['triton'] = None\n"
+        "import saerec_fast\n"
+        "try:\n"
+        "    saerec_fast.linear_topk(torch.ones(2, 3), torch.ones(4, 3), k=1, backend='triton')\n"
+        "except ValueError as error:\n"
+        "    print(error)"
+    )
+    assert "'triton' cannot run here: triton cannot be imported" in run_python("-c", code, TRITON_INTERPRET="1")

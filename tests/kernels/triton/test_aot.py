@@ -1,0 +1,52 @@
+"""Every kernel in use compiles ahead of time for sm_80 and sm_90: no spills, shared memory that fits, tensor cores
+where they are claimed, and never tf32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma"}
+SCORING = {"group_maxima_kernel", "emit_kernel", "repair_kernel", "mark_kernel", "fill_kernel", "features_kernel"}
+OTHERS = {
+    "bound_kernel",
+    "select_kernel",
+    "exclude_kernel",
+    "folded_bias_kernel",
+    "decode_kernel",
+    "dot_kernel",
+    "gradient_kernel",
+    "edit_kernel",
+    "apply_kernel",
+    "rebuild_kernel",
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int) -> None:
+    # In a process of its own: where triton interprets, it does not compile.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    result = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    kernels: list[dict[str, Any]] = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == SCORING | OTHERS
+    for kernel in kernels:
+        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["shared_bytes"] <= SHARED_MEMORY[capability], kernel
+        assert "tf32" not in kernel["instructions"], kernel
+        # Subnormal scores have an order too.
+        assert ".ftz" not in kernel["instructions"], kernel
+        if kernel["kernel"] in SCORING:
+            tensor_cores = kernel["states"] in ("*bf16", "*fp16")
+            assert (TENSOR_CORES[capability] in kernel["instructions"]) == tensor_cores, kernel
