@@ -27,7 +27,7 @@ from saerec_fast.sae import (
     save_sae,
     train_sae,
 )
-from saerec_fast.steering import Calibration, SteeringHandle, attach, calibrate, contrastive_direction
+from saerec_fast.steering import Calibration, Site, SteeringHandle, attach, calibrate, contrastive_direction, sites
 from saerec_fast.types import (
     BatchTopK,
     Direction,
@@ -60,6 +60,7 @@ __all__ = [
     "Ragged",
     "ReLU",
     "SAETrainingConfig",
+    "Site",
     "SparseAutoencoder",
     "SparseFeatures",
     "SteeringHandle",
@@ -81,6 +82,7 @@ __all__ = [
     "reconstruct",
     "reference",
     "save_sae",
+    "sites",
     "steer",
     "train_sae",
 ]
