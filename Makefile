@@ -125,7 +125,8 @@ clean:
 	find saerec_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Other libraries, each in an environment that has it: the peers of the benchmarks for checkpoints, RecTools and RePlay for
-# steering, RecBole with its old pins. A library that could not be installed fails its tests.
+# steering, RecBole with its old pins. A library that could not be installed fails its tests. Their warnings, some of them
+# while they are imported, are not errors of ours.
 INTEGRATIONS := tests/integrations
 RECBOLE_TESTS := $(INTEGRATIONS)/test_recbole.py
 CHECKPOINT_TESTS := $(INTEGRATIONS)/test_conversion.py
@@ -133,8 +134,8 @@ PEER_ENVIRONMENTS := .venv-recommenders/.installed .venv-recbole/.installed
 .PHONY: test-integrations
 test-integrations: $(BENCH_VENV)/.installed $(PEER_ENVIRONMENTS)
 	$(BENCH_VENV)/bin/python -m pytest $(CHECKPOINT_TESTS) $(ARGS)
-	.venv-recommenders/bin/python -m pytest $(INTEGRATIONS) --ignore=$(RECBOLE_TESTS) --ignore=$(CHECKPOINT_TESTS) $(ARGS)
-	.venv-recbole/bin/python -m pytest $(RECBOLE_TESTS) $(ARGS)
+	.venv-recommenders/bin/python -m pytest -W ignore $(INTEGRATIONS) --ignore=$(RECBOLE_TESTS) --ignore=$(CHECKPOINT_TESTS) $(ARGS)
+	.venv-recbole/bin/python -m pytest -W ignore $(RECBOLE_TESTS) $(ARGS)
 
 # Over .venv, as the benchmarks' environment is. Their versions are in the list, whatever constraints.txt says.
 $(PEER_ENVIRONMENTS): export PIP_CONSTRAINT :=

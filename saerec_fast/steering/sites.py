@@ -236,7 +236,7 @@ _LIBRARIES = (
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """What can be steered in a model, in the order of its modules::
+    """What can be steered in a model, in the order of its modules, the last hidden state last::
 
         for site in saerec_fast.sites(model):
             print(site.path, site.what, site.width)
@@ -296,6 +296,8 @@ def _sites_of(path: str, module: nn.Module, library: _Library) -> Iterator[Site]
         if what is not None:
             block = re.search(r"\.(\d+)", name)
             found.append((name, inner, what.format(block[1] if block else "")))
+    # A module around others is listed before them, though it returns after them.
+    found.sort(key=lambda entry: entry[2] == "last hidden state")
     # All lie on one residual stream, and in an MLP the layer that is defined last is also the last to run.
     likeliest = sorted(found, key=lambda entry: not entry[2].startswith("MLP"))
     width = next((last for _, inner, _ in likeliest if (last := _widths(inner)[1])), None)
