@@ -24,8 +24,11 @@ from saerec_fast.validation import check_plan
 Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
+# Key of the handle; the plan or plans, None for the handle's own; strengths, None for the values of the plans.
+_Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Tensor | None"]
+
 # Per thread, what is going on for the handles in it, as pairs outermost first: the masks of the forward passes (key of
-# the handle, mask), and the plans of requests (key, plans). Tuples that are replaced rather than changed, in a plain
+# the handle, mask), and the requests. Tuples that are replaced rather than changed, in a plain
 # threading.local: torch.compile loses what is stored in a subclass.
 _running = threading.local()
 _keys = itertools.count()
@@ -130,33 +133,46 @@ class SteeringHandle:
         self._plan = plan
 
     @contextmanager
-    def request(self, plan: SteeringPlan | Sequence[SteeringPlan | None]) -> Iterator[None]:
+    def request(
+        self,
+        plan: SteeringPlan | Sequence[SteeringPlan | None] | None = None,
+        *,
+        strengths: Strengths | None = None,
+    ) -> Iterator[None]:
         """Forward passes in this block, in this thread, follow another plan than the handle's::
 
             with handle.request([plan_of_first_user, None, plan_of_third_user]):
                 model(tokens)
 
         Other threads do not see it, and nothing of it is left behind. Requests nest: the innermost counts. Code
-        compiled with ``torch.compile`` is compiled once for every structure of plans it meets.
+        compiled with ``torch.compile`` is compiled once for every structure of plans it meets. A module that makes a
+        request inside its forward, with strengths it was given, compiles and exports with them as an input.
 
         Args:
             plan: for the whole batch, or one for each of its rows, ``None`` for rows that are not steered. A mask of
-                positions in a plan of one row has the shape of that row's positions.
+                positions in a plan of one row has the shape of that row's positions. By default the handle's own.
+            strengths: as in :func:`attach`, for one plan; while a graph is traced their values are not looked at.
 
         Raises:
             RuntimeError: already detached.
-            ValueError, TypeError: as :func:`attach`. The forward pass raises ``ValueError`` where the batch has
-                another number of rows than there are plans.
+            ValueError, TypeError: as :func:`attach`, neither was given, or strengths for more than one plan. The
+                forward pass raises ``ValueError`` where the batch has another number of rows than there are plans.
         """
         self._check_attached()
-        plans: Sequence[SteeringPlan | None] = (plan,) if isinstance(plan, SteeringPlan) else plan
+        if plan is None and strengths is None:
+            raise ValueError("request: expected a plan, strengths or both, got neither")
+        plans: Sequence[SteeringPlan | None] = (plan,) if plan is None or isinstance(plan, SteeringPlan) else plan
         if not isinstance(plans, (list, tuple)):
             raise TypeError(f"plan: expected a SteeringPlan or a list of them, got {type(plans).__name__}")
         for one in plans:
             if one is not None:
                 check_plan(one, self._sae.n_features, self._sae.d_model)
+        if strengths is not None:
+            if plan is not None and not isinstance(plan, SteeringPlan):
+                raise ValueError("strengths: belong to one plan; plans of their own have their own values")
+            strengths = _check_strengths(strengths, self._sae, len((plan or self._traced_plan).edits))
         before = _requests()
-        _running.requests = (*before, (self._key, plan))
+        _running.requests = (*before, (self._key, plan, strengths))
         try:
             yield
         finally:
@@ -288,14 +304,15 @@ class SteeringHandle:
             raise ValueError(
                 f"site: {self._site!r} returned shape {tuple(x.shape)}, expected (..., {sae.d_model}) for this SAE"
             )
-        requested = next((plans for key, plans in reversed(_requests()) if key == self._key), None)
-        strengths: Tensor | None = None
-        if requested is None:
-            strengths = self._strengths.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        elif isinstance(requested, SteeringPlan):
-            plan = requested
-        if (requested is None or isinstance(requested, SteeringPlan)) and plan.mode == "delta" and not plan.edits:
-            return x.clone()
+        requested, strengths = next(
+            ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, self._strengths)
+        )
+        if requested is None or isinstance(requested, SteeringPlan):
+            plan = requested or plan
+            if plan.mode == "delta" and not plan.edits:
+                return x.clone()
+        if strengths is not None:
+            strengths = strengths.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         valid = None if self._valid is None else self._mask_of_call(x)
         # Rows of sequences one after the other, (ΣL, d), where valid is their offsets.
         offsets = valid if valid is not None and valid.dtype != torch.bool else None
@@ -415,7 +432,7 @@ def _masks() -> tuple[tuple[int, Tensor], ...]:
     return getattr(_running, "masks", ())
 
 
-def _requests() -> tuple[tuple[int, SteeringPlan | Sequence[SteeringPlan | None]], ...]:
+def _requests() -> tuple[_Request, ...]:
     return getattr(_running, "requests", ())
 
 
@@ -551,7 +568,8 @@ def _check_strengths(strengths: Strengths, sae: SparseAutoencoder, n_edits: int)
             f"strengths: expected shape ({n_edits},) or (B, {n_edits}) for a plan of {n_edits} edits, "
             f"got {tuple(strengths.shape)}"
         )
-    if not bool(torch.isfinite(strengths).all()):
+    # An input of a graph that is being traced has no values yet.
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(strengths).all()):
         raise ValueError("strengths: expected finite numbers, got NaN or infinity")
     # A tensor that is being learnt is kept as it is and converted in every forward pass, within its graph.
     return strengths if strengths.requires_grad else strengths.to(device=sae.W_dec.device, dtype=dtype)
