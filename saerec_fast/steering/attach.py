@@ -308,7 +308,7 @@ class SteeringHandle:
             ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, self._strengths)
         )
         if requested is None or isinstance(requested, SteeringPlan):
-            plan = requested or plan
+            plan = plan if requested is None else requested
             if plan.mode == "delta" and not plan.edits:
                 return x.clone()
         if strengths is not None:
