@@ -27,8 +27,8 @@ Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 # Key of the handle; the plan or plans, None for the handle's own; strengths, None for the values of the plans.
 _Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Tensor | None"]
 
-# Per thread, what is going on for the handles in it, as pairs outermost first: the masks of the forward passes (key of
-# the handle, mask), and the requests. Tuples that are replaced rather than changed, in a plain
+# Per thread, what is going on for the handles in it, outermost first: what valid returned for the forward passes (key of
+# the handle, mask or offsets), and the requests. Tuples that are replaced rather than changed, in a plain
 # threading.local: torch.compile loses what is stored in a subclass.
 _running = threading.local()
 _keys = itertools.count()
