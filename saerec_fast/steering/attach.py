@@ -27,8 +27,8 @@ Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 # Key of the handle; the plan or plans, None for the handle's own; strengths, None for the values of the plans.
 _Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Tensor | None"]
 
-# Per thread, what is going on for the handles in it, outermost first: what valid returned for the forward passes (key of
-# the handle, mask or offsets), and the requests. Tuples that are replaced rather than changed, in a plain
+# Per thread, what is going on for the handles in it, outermost first: what valid returned for the forward passes (key
+# of the handle, mask or offsets), and the requests. Tuples that are replaced rather than changed, in a plain
 # threading.local: torch.compile loses what is stored in a subclass.
 _running = threading.local()
 _keys = itertools.count()
@@ -265,11 +265,13 @@ class SteeringHandle:
         mask = masks[-1]
         if isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and x.dim() == 2 and mask.dim() == 1:
             # Looked at where that makes no device wait and no compiled graph break.
-            if mask.is_cpu and not torch.compiler.is_compiling() and (len(mask) == 0 or int(mask[-1]) != len(x)):
-                raise ValueError(
-                    f"valid: expected offsets (B + 1,) up to {len(x)}, the rows that {self._site!r} returned, "
-                    f"got {tuple(mask.shape)}{f' up to {int(mask[-1])}' if len(mask) else ''}"
-                )
+            if mask.is_cpu and not torch.compiler.is_compiling():
+                bounds = mask.tolist()
+                if bounds[:1] != [0] or bounds[-1] != len(x) or bounds != sorted(bounds):
+                    raise ValueError(
+                        f"valid: expected offsets that rise from 0 to {len(x)}, the rows that {self._site!r} returned, "
+                        f"got {bounds if len(bounds) <= 9 else (*bounds[:4], '...', *bounds[-4:])}"
+                    )
             return mask.to(x.device)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"valid: expected a bool mask {expected}, got {_describe(mask)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -53,9 +54,10 @@ class _Library:
         parts: attributes that the module has to have.
         sites: patterns of paths below the module, ``*`` being the number of a block, with what they are.
         padding: how ``valid`` knows.
-        valid: makes ``valid`` for such a module.
+        valid: from that module and the arguments of ``source``'s forward, as ``valid`` of ``attach``.
         source: below the module, the one whose arguments ``valid`` reads: the innermost that sees the padding and is
             called as a module in every use of the library. Methods that are called directly run no hooks.
+        applies: whether it is this variant of the code.
     """
 
     name: str
@@ -64,26 +66,52 @@ class _Library:
     parts: tuple[str, ...]
     sites: Mapping[str, str]
     padding: str
-    valid: Callable[[Any], Valid]
+    valid: Valid
     source: str = ""
     applies: Callable[[Any], bool] = lambda module: True
 
 
-def _valid_in_transformers(model: Any) -> Valid:
-    names = list(inspect.signature(model.forward).parameters)
+# What is no padding, from the module that was recognised and the arguments of the one that its library says to look at.
+# Functions with names, so that a steered model can be pickled.
 
-    def valid(*args: Any, **kwargs: Any) -> Tensor:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        tokens, mask = given.get("input_ids"), given.get("attention_mask")
-        shaped = tokens if tokens is not None else given["inputs_embeds"][..., 0]
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            # With a cache it covers the positions before these too.
-            return mask[:, mask.shape[1] - shaped.shape[1] :] != 0
-        if tokens is not None and model.config.pad_token_id is not None:
-            return tokens != model.config.pad_token_id
-        return torch.ones(shaped.shape[:2], dtype=torch.bool, device=shaped.device)
 
-    return valid
+def _not_zero(model: Any, tokens: Tensor) -> Tensor:
+    return tokens != 0
+
+
+def _of_rectools(layers: Any, seqs: Tensor, timeline_mask: Tensor, *_: Any, **__: Any) -> Tensor:
+    return timeline_mask.squeeze(-1) != 0
+
+
+def _of_replay(body: Any, feature_tensors: Any, padding_mask: Tensor, *_: Any, **__: Any) -> Tensor:
+    return padding_mask
+
+
+def _of_recbole(encoder: Any, hidden_states: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
+    # (B, 1, 1 or L, L), 0 where a key may be attended to; the last position may look at all that are no padding.
+    return attention_mask[:, 0, -1] == 0
+
+
+def _of_gsasrec(model: Any, tokens: Tensor) -> Tensor:
+    return tokens != model.num_items + 1
+
+
+def _of_hstu(encoder: Any, x: Tensor, x_offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x_offsets
+
+
+def _of_transformers(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    # By place they differ between models and versions, but for the first.
+    names = ["input_ids"] if len(args) < 2 else list(inspect.signature(model.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    shaped = tokens if tokens is not None else given["inputs_embeds"][..., 0]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        # With a cache it covers the positions before these too.
+        return mask[:, mask.shape[1] - shaped.shape[1] :] != 0
+    if tokens is not None and model.config.pad_token_id is not None:
+        return tokens != model.config.pad_token_id
+    return torch.ones(shaped.shape[:2], dtype=torch.bool, device=shaped.device)
 
 
 _PMIXER: dict[str, Any] = {
@@ -91,7 +119,7 @@ _PMIXER: dict[str, Any] = {
     "classes": ("SASRec",),
     "package": "",
     "padding": "tokens that are not 0, as the last call of item_emb saw them",
-    "valid": lambda model: lambda tokens: tokens != 0,
+    "valid": _not_zero,
     # log2feats is a method, so this is the only module that sees the tokens.
     "source": "item_emb",
 }
@@ -112,7 +140,7 @@ _LIBRARIES = (
             "transformer.ln_f": "last hidden state",
         },
         padding="tokens that are not 0",
-        valid=lambda model: lambda tokens: tokens != 0,
+        valid=_not_zero,
     ),
     _Library(
         name="RecTools",
@@ -127,7 +155,7 @@ _LIBRARIES = (
             "": "last hidden state",
         },
         padding="timeline_mask, which the transformer layers get",
-        valid=lambda layers: lambda seqs, timeline_mask, *_, **__: timeline_mask.squeeze(-1) != 0,
+        valid=_of_rectools,
     ),
     _Library(
         name="RePlay",
@@ -141,7 +169,7 @@ _LIBRARIES = (
             "output_normalization": "last hidden state",
         },
         padding="padding_mask, which the body gets",
-        valid=lambda body: lambda feature_tensors, padding_mask, *_, **__: padding_mask,
+        valid=_of_replay,
     ),
     _Library(
         name="Hugging Face GPT-2",
@@ -155,7 +183,7 @@ _LIBRARIES = (
             "ln_f": "last hidden state",
         },
         padding=_HUGGING_FACE_PADDING,
-        valid=_valid_in_transformers,
+        valid=_of_transformers,
     ),
     _Library(
         name="Hugging Face BERT",
@@ -168,7 +196,7 @@ _LIBRARIES = (
             "encoder.layer.*.output.dense": "MLP of block {}",
         },
         padding=_HUGGING_FACE_PADDING,
-        valid=_valid_in_transformers,
+        valid=_of_transformers,
     ),
     _Library(
         name="RecBole",
@@ -181,8 +209,7 @@ _LIBRARIES = (
             "": "last hidden state",
         },
         padding="the last row of the attention mask, which the encoder gets",
-        # (B, 1, 1 or L, L), 0 where a key may be attended to; the last position may look at all that are no padding.
-        valid=lambda encoder: lambda hidden_states, attention_mask, *_, **__: attention_mask[:, 0, -1] == 0,
+        valid=_of_recbole,
     ),
     _Library(
         name="gSASRec-pytorch",
@@ -195,7 +222,7 @@ _LIBRARIES = (
             "seq_norm": "last hidden state",
         },
         padding="tokens that are not num_items + 1, as the last call of item_embedding saw them",
-        valid=lambda model: lambda tokens: tokens != model.num_items + 1,
+        valid=_of_gsasrec,
         # get_predictions calls forward as a method.
         source="item_embedding",
     ),
@@ -230,7 +257,7 @@ _LIBRARIES = (
         parts=("_attention_layers",),
         sites={"_attention_layers.*": "output of block {}, jagged (ΣL, d)"},
         padding="x_offsets of the jagged rows, which the encoder gets",
-        valid=lambda encoder: lambda x, x_offsets, *_, **__: x_offsets,
+        valid=_of_hstu,
     ),
 )
 
@@ -273,7 +300,7 @@ def known_padding(model: nn.Module, site: str) -> Padding | None:
     for path, module, library in _known_modules(model):
         source = _join(path, library.source)
         if (not path or site == path or site.startswith(f"{path}.")) and (site != source or not library.source):
-            return Padding(source, library.valid(module))
+            return Padding(source, functools.partial(library.valid, module))
     return None
 
 

@@ -5,6 +5,7 @@ The libraries themselves are in tests/integrations.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from saerec_fast import Edit, SparseAutoencoder, SteeringPlan, attach, sites
 from saerec_fast.recommender import RecommenderConfig, SequenceRecommender
+from saerec_fast.steering.sites import known_padding
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5], [0, 0, 9, 2, 6], [0, 0, 0, 0, 5]])
 PLAN = SteeringPlan([Edit(0, "add", 2.0)])
@@ -223,6 +225,13 @@ def test_their_padding(name: str, left: bool) -> None:
     assert torch.equal((last != plain).any(-1), valid & (later == 1))
 
 
+@pytest.mark.parametrize("name", ["Hugging Face GPT-2", "saerec_fast"])
+def test_known_padding_can_be_pickled(name: str) -> None:
+    model = LIBRARIES[name][0]().eval()
+    padding = pickle.loads(pickle.dumps(known_padding(model, "transformer.h.0")))
+    assert torch.equal(padding.valid(TOKENS), TOKENS != 0)
+
+
 @torch.no_grad()
 def test_own_valid_replaces_the_librarys() -> None:
     model, sae = gpt2().eval(), SparseAutoencoder(WIDTH, 32).eval()
@@ -368,13 +377,14 @@ class TestJagged:
             with pytest.raises(ValueError, match=r"strengths: expected \(4, 1\)"):
                 model(self.rows, self.offsets)
 
-    def test_wrong_offsets(self) -> None:
+    @pytest.mark.parametrize("offsets", [[0, 3, 7], [1, 3, 8], [0, 5, 3, 8], []])
+    def test_wrong_offsets(self, offsets: list[int]) -> None:
         model = self.Model()
         with (
             self.attach(model, LAST),
-            pytest.raises(ValueError, match=r"valid: expected offsets .* up to 8, .* up to 7"),
+            pytest.raises(ValueError, match=r"valid: expected offsets that rise from 0 to 8"),
         ):
-            model(self.rows, self.offsets.clamp(max=7))
+            model(self.rows, torch.tensor(offsets, dtype=torch.int64))
 
     @torch.no_grad()
     def test_compiles(self) -> None:
