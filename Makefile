@@ -168,8 +168,24 @@ clean:
 	rm -rf $(VENV) .venv-* $(BENCH_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find saerec_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# Conversions against the libraries that the benchmarks compare with, in the same environment. A library that could not be
-# installed fails its tests.
+# Other libraries, each in an environment that has it: the peers of the benchmarks for checkpoints, RecTools and RePlay for
+# steering, RecBole with its old pins. A library that could not be installed fails its tests. Their warnings, some of them
+# while they are imported, are not errors of ours.
+INTEGRATIONS := tests/integrations
+RECBOLE_TESTS := $(INTEGRATIONS)/test_recbole.py
+CHECKPOINT_TESTS := $(INTEGRATIONS)/test_conversion.py
+PEER_ENVIRONMENTS := .venv-recommenders/.installed .venv-recbole/.installed
 .PHONY: test-integrations
-test-integrations: $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/python -m pytest tests/integrations $(ARGS)
+test-integrations: $(BENCH_VENV)/.installed $(PEER_ENVIRONMENTS)
+	$(BENCH_VENV)/bin/python -m pytest $(CHECKPOINT_TESTS) $(ARGS)
+	.venv-recommenders/bin/python -m pytest -W ignore $(INTEGRATIONS) --ignore=$(RECBOLE_TESTS) --ignore=$(CHECKPOINT_TESTS) $(ARGS)
+	.venv-recbole/bin/python -m pytest -W ignore $(RECBOLE_TESTS) $(ARGS)
+
+# Over .venv, as the benchmarks' environment is. Their versions are in the list, whatever constraints.txt says.
+$(PEER_ENVIRONMENTS): export PIP_CONSTRAINT :=
+$(PEER_ENVIRONMENTS): .venv-%/.installed: $(INTEGRATIONS)/requirements-%.txt constraints.txt | setup
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q --no-deps -r $<
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@touch $@

@@ -28,7 +28,7 @@ from saerec_fast.sae import (
     train_sae,
 )
 from saerec_fast.serving import Predictor
-from saerec_fast.steering import Calibration, SteeringHandle, attach, calibrate, contrastive_direction
+from saerec_fast.steering import Calibration, Site, SteeringHandle, attach, calibrate, contrastive_direction, sites
 from saerec_fast.types import (
     BatchTopK,
     Direction,
@@ -62,6 +62,7 @@ __all__ = [
     "Ragged",
     "ReLU",
     "SAETrainingConfig",
+    "Site",
     "SparseAutoencoder",
     "SparseFeatures",
     "SteeringHandle",
@@ -83,6 +84,7 @@ __all__ = [
     "reconstruct",
     "reference",
     "save_sae",
+    "sites",
     "steer",
     "train_sae",
 ]

@@ -12,6 +12,7 @@ Raised by all: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -294,7 +295,7 @@ def steer(
     elif strengths.dim() == 1:
         values = strengths
     else:
-        values = strengths.expand(*batch_shape, len(plan.edits)).reshape(batch_shape.numel(), len(plan.edits))
+        values = strengths.expand(*batch_shape, len(plan.edits)).reshape(math.prod(batch_shape), len(plan.edits))
     edited = [j for j, _ in plan.feature_edits]
     out = _run(
         chosen,

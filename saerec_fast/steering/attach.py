@@ -7,7 +7,7 @@ import gc
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saerec_fast.sae import SparseAutoencoder
+from saerec_fast.steering.sites import Valid, known_padding
 from saerec_fast.types import Edit, SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
 
-Valid = Callable[..., Tensor]
 Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
-# Per thread, what is going on for the handles in it, as pairs outermost first: the masks of the forward passes (key of
-# the handle, mask), and the plans of requests (key, plans). Tuples that are replaced rather than changed, in a plain
+# Key of the handle; the plan or plans, None for the handle's own; strengths, None for the values of the plans.
+_Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Tensor | None"]
+
+# Per thread, what is going on for the handles in it, outermost first: what valid returned for the forward passes (key
+# of the handle, mask or offsets), and the requests. Tuples that are replaced rather than changed, in a plain
 # threading.local: torch.compile loses what is stored in a subclass.
 _running = threading.local()
 _keys = itertools.count()
@@ -50,17 +53,18 @@ class SteeringHandle:
 
     def __init__(
         self,
-        model: nn.Module,
         site: str,
         module: nn.Module,
         sae: SparseAutoencoder,
         plan: SteeringPlan,
         valid: Valid | None,
+        valid_from: tuple[str, nn.Module],
         strengths: Strengths | None,
     ) -> None:
         self._site = site
         self._sae = sae
         self._valid = valid
+        self._source, source = valid_from
         self._key = next(_keys)
         # Read inside the hooks: compiled code ignores that a hook was removed, but it does notice this change.
         self._attached = True
@@ -68,12 +72,14 @@ class SteeringHandle:
         # Compiled code would have to be compiled again for the second call, in which the attribute is there.
         _running.masks, _running.requests = _masks(), _requests()
         self._hooks: list[RemovableHandle] = []
+        # Where the site runs after the module whose arguments are looked at, their mask has to outlive its call.
+        self._lasting = not any(inner is module for inner in source.modules())
         if valid is not None:
-            self._hooks.append(model.register_forward_pre_hook(self._enter_call, with_kwargs=True))
+            self._hooks.append(source.register_forward_pre_hook(self._enter_call, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(self._steer_output))
-        if valid is not None:
+        if valid is not None and not self._lasting:
             # After the hook above, which may be on the same module; called also where the forward pass raises.
-            self._hooks.append(model.register_forward_hook(self._leave_call, always_call=True))
+            self._hooks.append(source.register_forward_hook(self._leave_call, always_call=True))
 
     @property
     def site(self) -> str:
@@ -127,33 +133,46 @@ class SteeringHandle:
         self._plan = plan
 
     @contextmanager
-    def request(self, plan: SteeringPlan | Sequence[SteeringPlan | None]) -> Iterator[None]:
+    def request(
+        self,
+        plan: SteeringPlan | Sequence[SteeringPlan | None] | None = None,
+        *,
+        strengths: Strengths | None = None,
+    ) -> Iterator[None]:
         """Forward passes in this block, in this thread, follow another plan than the handle's::
 
             with handle.request([plan_of_first_user, None, plan_of_third_user]):
                 model(tokens)
 
         Other threads do not see it, and nothing of it is left behind. Requests nest: the innermost counts. Code
-        compiled with ``torch.compile`` is compiled once for every structure of plans it meets.
+        compiled with ``torch.compile`` is compiled once for every structure of plans it meets. A module that makes a
+        request inside its forward, with strengths it was given, compiles and exports with them as an input.
 
         Args:
             plan: for the whole batch, or one for each of its rows, ``None`` for rows that are not steered. A mask of
-                positions in a plan of one row has the shape of that row's positions.
+                positions in a plan of one row has the shape of that row's positions. By default the handle's own.
+            strengths: as in :func:`attach`, for one plan; while a graph is traced their values are not looked at.
 
         Raises:
             RuntimeError: already detached.
-            ValueError, TypeError: as :func:`attach`. The forward pass raises ``ValueError`` where the batch has
-                another number of rows than there are plans.
+            ValueError, TypeError: as :func:`attach`, neither was given, or strengths for more than one plan. The
+                forward pass raises ``ValueError`` where the batch has another number of rows than there are plans.
         """
         self._check_attached()
-        plans: Sequence[SteeringPlan | None] = (plan,) if isinstance(plan, SteeringPlan) else plan
+        if plan is None and strengths is None:
+            raise ValueError("request: expected a plan, strengths or both, got neither")
+        plans: Sequence[SteeringPlan | None] = (plan,) if plan is None or isinstance(plan, SteeringPlan) else plan
         if not isinstance(plans, (list, tuple)):
             raise TypeError(f"plan: expected a SteeringPlan or a list of them, got {type(plans).__name__}")
         for one in plans:
             if one is not None:
                 check_plan(one, self._sae.n_features, self._sae.d_model)
+        if strengths is not None:
+            if plan is not None and not isinstance(plan, SteeringPlan):
+                raise ValueError("strengths: belong to one plan; plans of their own have their own values")
+            strengths = _check_strengths(strengths, self._sae, len((plan or self._traced_plan).edits))
         before = _requests()
-        _running.requests = (*before, (self._key, plan))
+        _running.requests = (*before, (self._key, plan, strengths))
         try:
             yield
         finally:
@@ -164,6 +183,8 @@ class SteeringHandle:
         self._attached = False
         while self._hooks:
             self._hooks.pop().remove()
+        if self._lasting:
+            self._forget_mask()
 
     def __enter__(self) -> SteeringHandle:
         self._check_attached()
@@ -195,6 +216,7 @@ class SteeringHandle:
         # The hook reads structure and mask from a plan of its own, which stays the same object while only values
         # change: compiled code then has nothing new to look at.
         self._traced_plan = plan.at_positions(positions)
+        self._everywhere = plan.at_positions("all")
         self._adopt(checked)
 
     def _adopt(self, strengths: Tensor) -> None:
@@ -213,9 +235,15 @@ class SteeringHandle:
     def _enter_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._attached:
             assert self._valid is not None
+            if self._lasting:
+                self._forget_mask()
             _running.masks = (*_masks(), (self._key, self._valid(*args, **kwargs)))
 
     def _leave_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._forget_mask()
+
+    def _forget_mask(self) -> None:
+        """Drop the innermost mask of this handle in this thread."""
         masks = _masks()
         for index in reversed(range(len(masks))):
             if masks[index][0] == self._key:
@@ -223,16 +251,28 @@ class SteeringHandle:
                 return
 
     def _mask_of_call(self, x: Tensor) -> Tensor:
-        """What ``valid`` said about the forward pass that runs, for hidden states ``x``."""
+        """What ``valid`` said about the forward pass that runs, for hidden states ``x``: a mask or offsets."""
         expected = tuple(x.shape[:-1])
         masks = [mask for key, mask in _masks() if key == self._key]
         if not masks:
             raise RuntimeError(
-                f"valid: site {self._site!r} ran outside a forward pass of the model it was attached through, so that "
-                "valid never saw that model's arguments; attach through the module whose forward is really called "
-                "(some libraries call an inner one directly), or leave valid out if no position is padding"
+                f"valid: site {self._site!r} ran outside a forward pass of "
+                f"{f'the module {self._source!r}' if self._source else 'the model it was attached through'}, so that "
+                "valid never saw that module's arguments; attach through the module whose forward is really called "
+                "(some libraries call an inner one directly), name it as valid_from, or leave valid out if no position "
+                "is padding"
             )
         mask = masks[-1]
+        if isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and x.dim() == 2 and mask.dim() == 1:
+            # Looked at where that makes no device wait and no compiled graph break.
+            if mask.is_cpu and not torch.compiler.is_compiling():
+                bounds = mask.tolist()
+                if bounds[:1] != [0] or bounds[-1] != len(x) or bounds != sorted(bounds):
+                    raise ValueError(
+                        f"valid: expected offsets that rise from 0 to {len(x)}, the rows that {self._site!r} returned, "
+                        f"got {bounds if len(bounds) <= 9 else (*bounds[:4], '...', *bounds[-4:])}"
+                    )
+            return mask.to(x.device)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"valid: expected a bool mask {expected}, got {_describe(mask)}")
         if mask.shape != x.shape[:-1]:
@@ -266,36 +306,49 @@ class SteeringHandle:
             raise ValueError(
                 f"site: {self._site!r} returned shape {tuple(x.shape)}, expected (..., {sae.d_model}) for this SAE"
             )
-        requested = next((plans for key, plans in reversed(_requests()) if key == self._key), None)
-        if requested is None:
-            own_values = True
-        elif isinstance(requested, SteeringPlan):
-            own_values, plan = False, requested
-        else:
+        requested, strengths = next(
+            ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, self._strengths)
+        )
+        if requested is None or isinstance(requested, SteeringPlan):
+            plan = plan if requested is None else requested
+            if plan.mode == "delta" and not plan.edits:
+                return x.clone()
+        if strengths is not None:
+            strengths = strengths.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        valid = None if self._valid is None else self._mask_of_call(x)
+        # Rows of sequences one after the other, (ΣL, d), where valid is their offsets.
+        offsets = valid if valid is not None and valid.dtype != torch.bool else None
+        if requested is not None and not isinstance(requested, SteeringPlan):
+            if offsets is not None:
+                return sae.steer(x, _plans_of_rows(requested, offsets, x))
             for one in requested:
                 self._check_positions(x, one)
-            return sae.steer(x, requested, valid=None if self._valid is None else self._mask_of_call(x))
-        if plan.mode == "delta" and not plan.edits:
-            return x.clone()
-        self._check_positions(x, plan)
-        valid = None if self._valid is None else self._mask_of_call(x)
-        if not own_values:
-            return sae.steer(x, plan, valid=valid)
-        strengths = self._strengths.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        if strengths.dim() == 2:
-            if strengths.shape[0] != x.shape[0]:
+            return sae.steer(x, requested, valid=valid)
+        if strengths is not None and strengths.dim() == 2:
+            n_sequences = x.shape[0] if offsets is None else offsets.shape[0] - 1
+            if strengths.shape[0] != n_sequences:
                 raise ValueError(
-                    f"strengths: expected ({x.shape[0]}, {len(plan.edits)}), one row for each of this batch, "
+                    f"strengths: expected ({n_sequences}, {len(plan.edits)}), one row for each of this batch, "
                     f"got {tuple(strengths.shape)}"
                 )
-            strengths = strengths.reshape(x.shape[0], *[1] * (x.dim() - 2), len(plan.edits))
+            if offsets is not None:
+                strengths = strengths[_sequence_of_rows(offsets, x)]
+            else:
+                strengths = strengths.reshape(n_sequences, *[1] * (x.dim() - 2), len(plan.edits))
+        if offsets is not None:
+            valid = None
+            if _is_last(plan):
+                valid = _last_rows(offsets, x)
+                plan = self._everywhere if requested is None else plan.at_positions("all")
+        self._check_positions(x, plan)
         return sae.steer(x, plan, strengths=strengths, valid=valid)
 
     def _check_positions(self, x: Tensor, plan: SteeringPlan | None) -> None:
-        if plan is not None and x.dim() < 3 and isinstance(plan.positions, str) and plan.positions == "last":
+        if plan is not None and x.dim() < 3 and _is_last(plan):
             raise ValueError(
                 f"positions: 'last' needs hidden states (B, L, d), but {self._site!r} returned {tuple(x.shape)}; "
-                "give a bool mask over its rows, or 'all'"
+                "give a bool mask over its rows, or 'all', or where the rows are sequences one after the other (ΣL, d) "
+                "a valid that returns their offsets"
             )
 
 
@@ -306,6 +359,7 @@ def attach(
     plan: SteeringPlan,
     valid: Valid | None = None,
     *,
+    valid_from: str | nn.Module | None = None,
     strengths: Strengths | None = None,
 ) -> SteeringHandle:
     """Make ``plan`` act on the hidden states that a module of ``model`` returns, until the handle is detached::
@@ -329,8 +383,15 @@ def attach(
         sae: trained on hidden states of that module, on the same device and in the same dtype.
         plan: the edits, their mode and their positions. A mask of positions has the leading shape of the hidden states.
         valid: called with the arguments of every forward of ``model``; returns a bool mask ``(B, L)`` of the positions
-            that are no padding. Padding stays as it is, and ``"last"`` means each row's last valid position. By default
-            every position is valid and ``"last"`` is the end of the sequence, which is right for padding on the left.
+            that are no padding. Padding stays as it is, and ``"last"`` means each row's last valid position. For
+            hidden states ``(ΣL, d)``, sequences one after the other without padding, it returns their offsets
+            instead, int32 or int64 ``(B + 1,)`` from 0 to ΣL: then ``"last"`` is each sequence's end, and strengths
+            and plans per row are per sequence. By default, a model that :func:`~saerec_fast.sites` recognises has its
+            library's own; in any other every position is valid and ``"last"`` is the end of the sequence, which is
+            right for padding on the left.
+        valid_from: path of another module in ``model``, or that module, whose forward's arguments ``valid`` gets: for
+            libraries that call an inner module without ``model``'s forward. What ``valid`` returned holds during that
+            forward, or, where the site is not inside that module, until its next forward in the same thread.
         strengths: replace the values of the plan's ``m`` edits: ``(m,)``, or ``(B, m)`` for one set per row of the
             batch. Copied, except a tensor that requires grad: gradients flow to it.
 
@@ -339,15 +400,15 @@ def attach(
 
     Raises:
         ValueError: no such module (near matches are listed), a module that is never called, one that is or belongs to a
-            compiled one, a feature id ≥ ``sae.n_features``, an SAE without an inference threshold, or strengths
-            that are not finite or of another shape.
+            compiled one, a feature id ≥ ``sae.n_features``, an SAE without an inference threshold, strengths
+            that are not finite or of another shape, or ``valid_from`` without ``valid``.
         TypeError: an argument of the wrong type.
 
     The forward pass then raises:
-        ValueError: hidden states of another width; a mask or strengths for a batch of another shape; ``"last"`` without
-            a sequence dimension.
-        TypeError: the module returned no tensor of width ``d_model``, or ``valid`` no bool mask.
-        RuntimeError: ``valid`` was given, but the module ran without ``model``'s forward.
+        ValueError: hidden states of another width; a mask, offsets or strengths for a batch of another shape;
+            ``"last"`` without a sequence dimension.
+        TypeError: the module returned no tensor of width ``d_model``, or ``valid`` neither mask nor offsets.
+        RuntimeError: the module ran without a forward of the one whose arguments ``valid`` reads.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -357,38 +418,87 @@ def attach(
         raise TypeError(f"valid: expected a function of the model's arguments, or None, got {type(valid).__name__}")
     if hasattr(model, "_orig_mod"):  # whose paths differ from those of the model inside
         raise ValueError(_COMPILED)
-    path, module = _resolve(model, site)
+    path, module = _resolve(model, site, "site")
     _check_not_compiled(model, module)
     check_plan(plan, sae.n_features, sae.d_model)
     inference_threshold(sae.activation)
-    return SteeringHandle(model, path, module, sae, plan, valid, strengths)
+    if valid is None and valid_from is not None:
+        raise ValueError("valid_from: expected only together with valid, which reads that module's arguments")
+    if valid is None and (known := known_padding(model, path)) is not None:
+        valid, valid_from = known.valid, known.path
+    source = ("", model) if valid_from is None else _resolve(model, valid_from, "valid_from")
+    return SteeringHandle(path, module, sae, plan, valid, source, strengths)
 
 
 def _masks() -> tuple[tuple[int, Tensor], ...]:
     return getattr(_running, "masks", ())
 
 
-def _requests() -> tuple[tuple[int, SteeringPlan | Sequence[SteeringPlan | None]], ...]:
+def _requests() -> tuple[_Request, ...]:
     return getattr(_running, "requests", ())
 
 
-def _resolve(model: nn.Module, site: str | nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of ``site``."""
+def _is_last(plan: SteeringPlan) -> bool:
+    return isinstance(plan.positions, str) and plan.positions == "last"
+
+
+def _sequence_of_rows(offsets: Tensor, x: Tensor) -> Tensor:
+    """Which sequence each row of ``x (ΣL, d)`` belongs to."""
+    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(len(x), device=x.device), right=True)
+
+
+def _last_rows(offsets: Tensor, x: Tensor) -> Tensor:
+    """Mask of the rows of ``x (ΣL, d)`` that end a sequence; empty sequences have none."""
+    ends = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, len(x))
+    return torch.zeros(len(x) + 1, dtype=torch.bool, device=x.device).index_fill(0, ends.long(), True)[:-1]
+
+
+def _plans_of_rows(plans: Sequence[SteeringPlan | None], offsets: Tensor, x: Tensor) -> list[SteeringPlan | None]:
+    """Plans of sequences as plans of the rows of ``x (ΣL, d)``."""
+    bounds = offsets.tolist()
+    if len(plans) != len(bounds) - 1:
+        raise ValueError(f"plan: expected a plan or None for each of {len(bounds) - 1} sequences, got {len(plans)}")
+    of_rows: list[SteeringPlan | None] = [None] * len(x)
+    for plan, begin, end in zip(plans, bounds[:-1], bounds[1:], strict=True):
+        if plan is None or begin == end:
+            continue
+        everywhere = plan.at_positions("all")
+        steered: Iterable[int]
+        if isinstance(plan.positions, Tensor):
+            if plan.positions.shape != (end - begin,):
+                raise ValueError(
+                    f"positions: expected a mask of shape ({end - begin},) in a plan of that sequence, "
+                    f"got {tuple(plan.positions.shape)}"
+                )
+            steered = plan.positions.nonzero().flatten().tolist()
+        else:
+            steered = [end - begin - 1] if plan.positions == "last" else range(end - begin)
+        for row in steered:
+            of_rows[begin + row] = everywhere
+    return of_rows
+
+
+def _resolve(model: nn.Module, site: str | nn.Module, argument: str) -> tuple[str, nn.Module]:
+    """Path and module of ``site``, which the argument of that name gave."""
     if isinstance(site, nn.Module):
         found = next((name for name, module in model.named_modules() if module is site), None)
         if found is None:
-            raise ValueError(f"site: expected a module of {type(model).__name__}, got another {type(site).__name__}")
+            raise ValueError(
+                f"{argument}: expected a module of {type(model).__name__}, got another {type(site).__name__}"
+            )
         path, module = found, site
     elif isinstance(site, str):
         modules = dict(model.named_modules(remove_duplicate=False))
         if site not in modules:
-            raise ValueError(f"site: {type(model).__name__} has no module {site!r}; {_suggestion(site, list(modules))}")
+            raise ValueError(
+                f"{argument}: {type(model).__name__} has no module {site!r}; {_suggestion(site, list(modules))}"
+            )
         path, module = site, modules[site]
     else:
-        raise TypeError(f"site: expected a dotted path or a torch.nn.Module, got {type(site).__name__}")
+        raise TypeError(f"{argument}: expected a dotted path or a torch.nn.Module, got {type(site).__name__}")
     if type(module).forward is nn.Module.forward and "forward" not in vars(module):
         raise ValueError(
-            f"site: {path!r} is a {type(module).__name__}, which is never called itself; name a module inside it"
+            f"{argument}: {path!r} is a {type(module).__name__}, which is never called itself; name a module inside it"
         )
     return path, module
 
@@ -460,7 +570,8 @@ def _check_strengths(strengths: Strengths, sae: SparseAutoencoder, n_edits: int)
             f"strengths: expected shape ({n_edits},) or (B, {n_edits}) for a plan of {n_edits} edits, "
             f"got {tuple(strengths.shape)}"
         )
-    if not bool(torch.isfinite(strengths).all()):
+    # An input of a graph that is being traced has no values yet.
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(strengths).all()):
         raise ValueError("strengths: expected finite numbers, got NaN or infinity")
     # A tensor that is being learnt is kept as it is and converted in every forward pass, within its graph.
     return strengths if strengths.requires_grad else strengths.to(device=sae.W_dec.device, dtype=dtype)
