@@ -31,7 +31,7 @@ LONG_CALL = 0.4
 ROUNDS = range(7, 51)
 LONG_ROUNDS = 3
 
-# Seconds of a cell of steering: ours is the difference of two long and almost equal times. And of a block of calls.
+# Seconds of a cell of steering (ours needs more, as the small difference of two long times), and of a block of calls.
 STEERING_TIME = {"ours": 0.8}
 OTHERS_STEERING_TIME = 0.3
 BLOCK_TIME = 5e-3

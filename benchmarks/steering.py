@@ -24,6 +24,7 @@ from ways import Role, dictionary_learning
 from workloads import RUN, THREADS
 
 import saerec_fast as sf
+from saerec_fast.files import read_json
 
 N_ITEMS, WIDTH, LENGTH, N_LAYERS, N_HEADS, TOP = 3417, 64, 50, 2, 2, 10
 N_FEATURES, K = 2048, 32
@@ -77,24 +78,18 @@ class Plan:
     def __str__(self) -> str:
         return f"{self.edits}-{self.mode}-{self.positions}"
 
-    def rows(self, count: int) -> list[list[sf.Edit]]:
+    def rows(self, count: int, n_features: int) -> list[list[sf.Edit]]:
         """The edits of ``count`` sequences; a single list where all have the same."""
         rng = np.random.default_rng(0)
-        if self.edits == "own":
-            return [_draw(rng, ["set"] * (N_EDITS // 2) + ["scale"] * (N_EDITS // 2)) for _ in range(count)]
-        ops = {
-            "add": ["add"] * N_EDITS,
-            "edit": ["set"] * (N_EDITS // 2) + ["scale"] * (N_EDITS // 2),
-            "set": ["set"],
-        }[self.edits]
-        return [_draw(rng, ops)]
+        ops = {"add": ["add"] * N_EDITS, "set": ["set"]}.get(self.edits, ["set", "scale"] * (N_EDITS // 2))
+        return [_draw(rng, ops, n_features) for _ in range(count if self.edits == "own" else 1)]
 
     def steering(self, edits: list[sf.Edit]) -> sf.SteeringPlan:
         return sf.SteeringPlan(edits, self.mode, self.positions)
 
 
-def _draw(rng: np.random.Generator, ops: list[Any]) -> list[sf.Edit]:
-    features = rng.choice(N_FEATURES, len(ops), replace=False)
+def _draw(rng: np.random.Generator, ops: list[Any], n_features: int) -> list[sf.Edit]:
+    features = rng.choice(n_features, len(ops), replace=False)
     return [sf.Edit(feature, op, rng.uniform(1.0, 4.0)) for feature, op in zip(features, ops, strict=True)]
 
 
@@ -128,8 +123,9 @@ def steering_cells() -> list[Any]:
     hosts: list[tuple[str, str, Plan]] = [
         (host, activation, plan) for host in ("gpt2", "rectools") for activation, plan in PLANS
     ]
-    if (RUN / "sae" / "model" / "config.json").exists():
-        hosts += [("run", "run", plan) for plan in RUN_PLANS]
+    config_path = RUN / "sae" / "model" / "config.json"
+    if config_path.exists():
+        hosts += [("run", read_json(config_path)["activation"]["kind"], plan) for plan in RUN_PLANS]
     cells = [
         pytest.param(case, threads, way, id=f"{case}-threads{threads}-{way}")
         for rows in ROWS
@@ -224,9 +220,7 @@ def _run() -> Host:
         pytest.skip(f"the run has no test user with {length} interactions")
     tokens = torch.from_numpy(np.stack([full[i % len(full)] for i in range(ROWS[-1])]).astype(np.int64))
     recommender = Recommender(model, lambda model, tokens: model(tokens), model.item_embeddings.detach())
-    site = next(
-        name for name, module in recommender.named_modules() if module is site_module(model, run.site)
-    )
+    site = next(name for name, module in recommender.named_modules() if module is site_module(model, run.site))
     return Host(recommender, site, tokens)
 
 
@@ -246,7 +240,7 @@ def sharing_copy(recommender: Recommender) -> Recommender:
 @cache
 def autoencoder(host_name: str, activation: str) -> sf.SparseAutoencoder:
     """About ``K`` features fire on a position of the recommender's hidden states."""
-    if activation == "run":
+    if host_name == "run":
         return sf.SparseAutoencoder.load(RUN / "sae" / "model").eval()
     hidden = hidden_states(host_name, host(host_name).tokens[:64]).flatten(0, 1)
     generator = torch.Generator().manual_seed(2)
@@ -304,7 +298,7 @@ class Truth(NamedTuple):
 
 @lru_cache(maxsize=1)
 @torch.inference_mode()
-def truth(case: SteeringCase) -> Truth:
+def steering_truth(case: SteeringCase) -> Truth:
     """Scores of a recommender whose hidden states were steered by the reference in float64.
 
     Sequences in which rounding decides which features are active are not compared; they come last.
@@ -318,7 +312,7 @@ def truth(case: SteeringCase) -> Truth:
     checked = min(case.rows, int(decided.sum()))
 
     weights = [weight.detach().double() for weight in sae.folded_weights()]
-    rows = case.plan.rows(case.rows)
+    rows = case.plan.rows(case.rows, autoencoder(case.host, case.activation).n_features)
     plans = [case.plan.steering(edits) for edits in rows]
 
     def steer(module: nn.Module, args: Any, output: Any) -> Any:
@@ -385,7 +379,7 @@ class Edits(NamedTuple):
 
 
 def _edits(case: SteeringCase) -> Edits:
-    rows = case.plan.rows(case.rows)
+    rows = case.plan.rows(case.rows, autoencoder(case.host, case.activation).n_features)
     columns = []
     for op in ("set", "scale", "add"):
         columns.append(torch.tensor([[edit.feature for edit in row if edit.op == op] for row in rows]).long())
@@ -400,7 +394,7 @@ Change = Callable[[Tensor], Tensor]
 def saerec_fast(case: SteeringCase, recommender: Recommender) -> Built:
     """Attached once. Plans of requests are made in the call, from the edits that came with each request."""
     site, sae = host(case.host).site, autoencoder(case.host, case.activation)
-    rows = case.plan.rows(case.rows)
+    rows = case.plan.rows(case.rows, autoencoder(case.host, case.activation).n_features)
     if case.plan.edits != "own":
         sf.attach(recommender, site, sae, case.plan.steering(rows[0]))
         return recommender
@@ -542,13 +536,13 @@ STEERING = {
 def ways_of(case: SteeringCase) -> list[str]:
     """The ways that a case is measured with.
 
-    BatchTopK with its threshold is a ReLU with another threshold: the libraries' figures are those of the ReLU.
+    BatchTopK with its threshold is a ReLU with another threshold: the libraries' figures are those of the ReLU. Edits
+    of each sequence's own have no form in the libraries.
     """
-    if case.plan.edits == "own" or case.activation == "batchtopk":
+    if case.plan.edits == "own" or case.activation not in ("relu", "topk"):
         return ["saerec_fast", "torch_hook"]
     if case.plan.edits == "add":
         return ["saerec_fast", "torch_hook", "torch_vector", "sae_lens"]
     if case.plan.positions == "last":
         return ["saerec_fast", "torch_hook", "sae_lens"]
-    # dictionary_learning has no class for every activation of a run.
-    return ["saerec_fast", "torch_hook", "sae_lens", *(["nnsight"] if case.activation in ("relu", "topk") else [])]
+    return ["saerec_fast", "torch_hook", "sae_lens", "nnsight"]

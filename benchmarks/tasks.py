@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steering import SteeringCase, truth
+from steering import SteeringCase, steering_truth
 from torch import Tensor
 from torch.testing import assert_close
 from ways import CATALOGUE, RELU, STEP_RELU, STEP_TOPK, TOPK, Step, Way, set_threads
@@ -78,7 +78,7 @@ def check_catalogue(case: CatalogueCase, call: Callable[[Tensor], tuple[Tensor, 
 
 def check_recommendations(case: SteeringCase, call: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """Compare what a steered recommender recommends with the float64 reference; the tokens to time it with."""
-    expected = truth(case)
+    expected = steering_truth(case)
     values, ids = (found[: expected.checked] for found in call(expected.tokens))
     best = expected.scores.topk(values.shape[1]).values
     # That the plan shows in the recommendations, or the comparison would compare nothing.
