@@ -329,13 +329,14 @@ def _ways(cells: Cells) -> list[str]:
 
 
 _EXPLAINED = (
-    "Every way makes the same edits to the same hidden states, and its recommendations were compared with those of the "
-    "reference in float64 in this run before it was timed. Blocks of calls alternate between a recommender with the "
-    "plan and one without, which share their parameters; each steered block is compared with the mean of the two "
-    "unsteered ones around it. Figures are medians of these differences, in microseconds a call (forward pass, "
-    "scores of the last position, the 10 best items), with their interquartile range in brackets. B is the number of "
-    "sequences of a call, each of the model's full length. `gpt2` and `rectools` are Hugging Face's GPT-2 and RecTools' "
-    "SASRec with random weights (d = 64, 2 layers, 2 heads, 50 positions, 3417 items; SAE with n = 2048 features of which "
-    "about 32 fire), `run` is the trained recommender. Plans: `add`, 8 features added to; `edit`, 4 set and 4 scaled; "
-    "`set`, one set; `own`, `edit` with other features and values in each sequence, plans made within the call."
+    "Every way makes the same edits to the same hidden states, and its recommendations were compared with those of "
+    "the reference in float64 in this run before it was timed. Blocks of calls alternate between a recommender with "
+    "the plan and one without, which share their parameters; each steered block is compared with the mean of the two "
+    "unsteered ones around it. Figures are medians of these differences, in microseconds a call (forward pass, scores "
+    "of the last position, the 10 best items), with their interquartile range in brackets. B is the number of "
+    "sequences of a call, each of the model's full length. `gpt2` and `rectools` are Hugging Face's GPT-2 and "
+    "RecTools' SASRec with random weights (d = 64, 2 layers, 2 heads, 50 positions, 3417 items; SAE with n = 2048 "
+    "features of which about 32 fire), `run` is the trained recommender. Plans: `add`, 8 features added to; `edit`, 4 "
+    "set and 4 scaled; `set`, one set; `own`, `edit` with other features and values in each sequence, plans made "
+    "within the call."
 )
