@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 BENCH_JSON := build/benchmarks/run.json
+STEERING_JSON := build/benchmarks/steering.json
+STEERING_BENCHMARKS := benchmarks/test_steering.py benchmarks/test_predictor.py
+BENCH_OPTIONS := --benchmark-enable --benchmark-group-by=group --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 # A choice of benchmarks gets a report of its own beside the json; only a whole run replaces the one that is kept.
 RESULTS ?= $(if $(ARGS),build/benchmarks,benchmarks/results)
 # Two dictionaries and the small catalogues, at medium and large batches.
@@ -24,13 +27,15 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo bench bench-quick cuda gpu gpu-build gpu-test gpu-sanitize lint format sanitize symbols wheel clean
+.PHONY: help setup test demo bench bench-quick bench-steering cuda gpu gpu-build gpu-test gpu-sanitize lint format
+.PHONY: sanitize sanitize-thread symbols wheel clean
 
 help:
 	@echo 'make test       set up .venv, build the extension, run the tests (ARGS="-k topk" to choose)'
 	@echo 'make demo       set up .venv, run the study on MovieLens 100K into runs/demo (ARGS="--data DIR" for other data)'
 	@echo 'make bench      set up .venv-bench, time the ops beside other libraries (ARGS="-k topk" to choose), some 45 minutes'
 	@echo 'make bench-quick   the same for a few sizes, 5 minutes'
+	@echo 'make bench-steering   time what steering adds to a recommender, and the predictor, some 6 minutes'
 	@echo 'make test-integrations  checkpoints and models of other libraries, against those libraries'
 	@echo 'make setup      only set up .venv'
 	@echo 'make lint       ruff, mypy, clang-format; changes nothing'
@@ -79,9 +84,16 @@ $(BENCH_VENV)/.installed: benchmarks/requirements.txt constraints.txt | setup
 bench: export SAEREC_BENCH_COMMAND = make bench$(if $(ARGS), ARGS='$(ARGS)')
 bench: $(BENCH_VENV)/.installed
 	@mkdir -p $(dir $(BENCH_JSON)) && rm -f $(BENCH_JSON)
-	$(BENCH_VENV)/bin/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-sort=name \
-	  --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_JSON) $(ARGS); \
+	$(BENCH_VENV)/bin/python -m pytest benchmarks $(STEERING_BENCHMARKS:%=--ignore=%) $(BENCH_OPTIONS) \
+	  --benchmark-json=$(BENCH_JSON) $(ARGS); \
 	status=$$?; $(BENCH_VENV)/bin/python benchmarks/report.py $(BENCH_JSON) $(RESULTS) && exit $$status
+
+# A report of its own, beside that of `make bench`.
+bench-steering: export SAEREC_BENCH_COMMAND = make bench-steering$(if $(ARGS), ARGS='$(ARGS)')
+bench-steering: $(BENCH_VENV)/.installed
+	@mkdir -p $(dir $(STEERING_JSON)) && rm -f $(STEERING_JSON)
+	$(BENCH_VENV)/bin/python -m pytest $(STEERING_BENCHMARKS) $(BENCH_OPTIONS) --benchmark-json=$(STEERING_JSON) $(ARGS); \
+	status=$$?; $(BENCH_VENV)/bin/python benchmarks/report.py $(STEERING_JSON) $(RESULTS) && exit $$status
 
 bench-quick:
 	$(MAKE) bench ARGS='-k "$(strip $(QUICK))"'

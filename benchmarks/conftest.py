@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shlex
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ import peers
 import pytest
 import torch
 from memory import extra_bytes
-from tasks import TASKS, grad_mode
+from steering import STEERING, host, sharing_copy
+from tasks import TASKS, check_recommendations, grad_mode
 from threadpoolctl import threadpool_info
+from ways import set_threads
 from workloads import MAX_THREADS, MEMORY_ROWS, active_share, run_name
 
 import saerec_fast as sf
@@ -27,6 +30,12 @@ ROUND_TIME = 1e-3
 LONG_CALL = 0.4
 ROUNDS = range(7, 51)
 LONG_ROUNDS = 3
+
+# Seconds of a cell of steering (ours needs more, as the small difference of two long times), and of a block of calls.
+STEERING_TIME = {"ours": 0.8}
+OTHERS_STEERING_TIME = 0.3
+BLOCK_TIME = 5e-3
+STEERING_ROUNDS = range(5, 101)
 
 _not_measured: list[dict[str, str]] = []
 
@@ -64,6 +73,74 @@ def measure(benchmark: Any) -> Callable[[str, Any, int, str], None]:
             benchmark.extra_info["extra_bytes"] = extra_bytes(task_name, case, way_name, threads)
 
     return run
+
+
+@pytest.fixture
+def measure_added(benchmark: Any) -> Callable[[Any, int, str], None]:
+    """Check a way to steer, then time what it adds to forward pass and scoring."""
+
+    def run(case: Any, threads: int, way_name: str) -> None:
+        way = STEERING[way_name]
+        try:
+            plain = host(case.host).recommender
+            steered = way.build(case, sharing_copy(plain))
+        except peers.PeerUnavailableError as error:
+            pytest.skip(str(error))
+        set_threads(threads)
+        with torch.inference_mode():
+            tokens = check_recommendations(case, steered)
+            seconds = _time_added(benchmark, plain, steered, tokens, STEERING_TIME.get(way.role, OTHERS_STEERING_TIME))
+        benchmark.group = f"Steering: {case}, threads {threads}"
+        benchmark.extra_info.update(
+            task="steering",
+            way=way_name,
+            role=way.role,
+            threads=threads,
+            host=case.host,
+            activation=case.activation,
+            rows=case.rows,
+            **vars(case.plan),
+            **seconds,
+        )
+
+    return run
+
+
+def _time_added(
+    benchmark: Any, plain: Callable[[Any], Any], steered: Callable[[Any], Any], tokens: Any, budget: float
+) -> dict[str, float]:
+    """Seconds a call: blocks of calls alternate between the two, and each steered block is compared with the mean of
+    the two unsteered ones around it, so that a machine that slows down over time adds nothing."""
+    for call in (plain, steered):
+        call(tokens)
+    once = max(min(_seconds(call, tokens) for _ in range(3)) for call in (plain, steered))
+    calls = max(1, math.ceil(BLOCK_TIME / once))
+    rounds = min(max(int(budget / (2 * calls * once)), STEERING_ROUNDS.start), STEERING_ROUNDS.stop - 1)
+    between: list[float] = []
+
+    def block(call: Callable[[Any], Any]) -> None:
+        for _ in range(calls):
+            call(tokens)
+
+    def time_unsteered() -> None:
+        between.append(_seconds(block, plain))
+
+    benchmark.pedantic(block, args=(steered,), setup=time_unsteered, rounds=rounds, iterations=1)
+    time_unsteered()
+    with_plan = benchmark.stats.stats.data
+    without = between[-rounds - 1 :]
+    added = [
+        (one - 0.5 * (before + after)) / calls
+        for one, before, after in zip(with_plan, without[:-1], without[1:], strict=True)
+    ]
+    low, median, high = statistics.quantiles(added, n=4, method="inclusive")
+    return {
+        "added": median,
+        "added_low": low,
+        "added_high": high,
+        "unsteered": statistics.median(without) / calls,
+        "calls": calls,
+    }
 
 
 def _time(benchmark: Any, call: Callable[[Any], Any], x: Any) -> None:

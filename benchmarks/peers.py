@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import warnings
@@ -22,10 +23,12 @@ PEERS = {
     "dictionary_learning": ("dictionary-learning", "dictionary_learning.trainers.top_k"),
     "faiss": ("faiss-cpu", "faiss"),
     "implicit": ("implicit", "implicit.cpu.topk"),
+    "nnsight": ("nnsight", "nnsight"),
+    "rectools": ("rectools", "rectools.models.nn.transformers.sasrec"),
 }
 
 # Imported by sae_lens (experiment tracking) and dictionary_learning (tracing of language models), used by none of
-# their SAEs, and not installable beside this torch without a hundred other packages.
+# their SAEs; stood in for where they are not installed.
 STAND_INS = ("wandb", "nnsight")
 
 
@@ -53,11 +56,13 @@ def load(peer: str) -> Any:
         PeerUnavailableError: it cannot be imported.
     """
     for name in STAND_INS:
-        if name not in sys.modules:
+        if name != peer and name not in sys.modules and importlib.util.find_spec(name) is None:
             stand_in = MagicMock(name=name)
             stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
             sys.modules[name] = stand_in
     try:
+        if isinstance(sys.modules.get(PEERS[peer][1]), MagicMock):
+            raise ImportError("not installed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # theirs, which pytest would make errors of
             importlib.import_module(PEERS[peer][1])

@@ -1,4 +1,4 @@
-"""Turns the json of pytest-benchmark into the tables of ``results/<machine>.md``.
+"""Turns the json of pytest-benchmark into the tables of ``results/<machine>.md`` and ``<machine>-steering.md``.
 
 ``python benchmarks/report.py JSON FOLDER``; `make bench` calls it.
 """
@@ -186,7 +186,8 @@ def floor_table(tasks: Iterable[Task]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
-def describe_machine(data: dict[str, Any]) -> str:
+def describe_machine(data: dict[str, Any], explained: str | None = None) -> str:
+    """Where and how a run was made; ``explained`` says what the figures are."""
     machine, commit = data["machine_info"], data["commit_info"]
     cpu = machine["cpu"]
     flags = [flag for flag in FLAGS if flag in cpu.get("flags", [])]
@@ -206,7 +207,7 @@ def describe_machine(data: dict[str, Any]) -> str:
         "Trained recommender": machine["run"] or "none",
         **{f"Peer {name}": version for name, version in machine["peers"].items()},
     }
-    explained = (
+    explained = explained or (
         "Every way computes the same function of the same weights and was checked against float64 in this run before "
         "it was timed. Times are medians over rounds (3 where a call takes longer than 0.4 s, 7 to 50 otherwise), in "
         "microseconds a row, with the interquartile range in brackets. Compilation, packing and index building are "
@@ -292,9 +293,18 @@ def main() -> None:
     source, folder = map(Path, sys.argv[1:])
     data = json.loads(source.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{machine_slug(data)}.md"
-    target.write_text(render(data))
-    print(f"wrote {target}")
+    # Here, since that module takes its tables from this one.
+    from steering_report import TASKS, render_steering
+
+    ops, steering = (
+        [one for one in data["benchmarks"] if (one["extra_info"].get("task") in TASKS) == is_steering]
+        for is_steering in (False, True)
+    )
+    for benchmarks, write, suffix in ((ops, render, ""), (steering, render_steering, "-steering")):
+        if benchmarks:
+            target = folder / f"{machine_slug(data)}{suffix}.md"
+            target.write_text(write({**data, "benchmarks": benchmarks}))
+            print(f"wrote {target}")
 
 
 if __name__ == "__main__":

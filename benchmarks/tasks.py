@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from steering import SteeringCase, steering_truth
 from torch import Tensor
 from torch.testing import assert_close
 from ways import CATALOGUE, RELU, STEP_RELU, STEP_TOPK, TOPK, Step, Way, set_threads
@@ -73,6 +74,19 @@ def check_catalogue(case: CatalogueCase, call: Callable[[Tensor], tuple[Tensor, 
     # The scores of the ids, rather than the ids: two items may score the same. Seen ones score minus infinity.
     _assert_near(scores.gather(1, ids.long()), truth)
     assert all(len(set(row)) == case.k for row in ids.tolist()), "an item was recommended twice"
+
+
+def check_recommendations(case: SteeringCase, call: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Compare what a steered recommender recommends with the float64 reference; the tokens to time it with."""
+    expected = steering_truth(case)
+    values, ids = (found[: expected.checked] for found in call(expected.tokens))
+    best = expected.scores.topk(values.shape[1]).values
+    # That the plan shows in the recommendations, or the comparison would compare nothing.
+    changed = (expected.scores - expected.plain).abs().amax()
+    assert changed > 10 * TOLERANCE * float(best.abs().max()), "the plan changes nothing"
+    _assert_near(values, best)
+    _assert_near(expected.scores.gather(1, ids), best)
+    return expected.tokens
 
 
 TASKS = {

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import report
+import steering_report
 
 
 def benchmark(way: str, role: str, seconds: float, **info: Any) -> dict[str, Any]:
@@ -94,3 +97,84 @@ def test_report_names_machine_missing_peers_and_reasons(data: dict[str, Any]) ->
 @pytest.mark.parametrize(("value", "text"), [(0.12345, "0.123"), (1.234, "1.23"), (99.99, "99.99"), (123.4, "123")])
 def test_numbers(value: float, text: str) -> None:
     assert report.number(value) == text
+
+
+def steered(way: str, added: float, **info: Any) -> dict[str, Any]:
+    """As the benchmark of steering records one, in which forward pass and scoring take 1 ms."""
+    plan = {"host": "gpt2", "activation": "relu", "edits": "edit", "mode": "delta", "positions": "all"}
+    quartiles = {"added": added, "added_low": added - 2e-6, "added_high": added + 2e-6, "unsteered": 1e-3}
+    return {
+        "extra_info": {"task": "steering", "way": way, **plan, "rows": 32, "threads": 2, **quartiles, **info},
+        "stats": {"median": 1e-3},
+    }
+
+
+def test_added_time_is_shown_with_its_share_and_beside_the_others() -> None:
+    cells = steering_report.read_added(
+        [steered("saerec_fast", 20e-6), steered("nnsight", 500e-6), steered("saerec_fast", -1e-6, rows=1)]
+    )
+    found = columns(steering_report.added_table(cells), 0)
+    assert found["saerec_fast"] == "20.00 (4.00)"
+    assert found["unsteered"] == "1000"
+    assert found["share that ours adds"] == "2.00 %"
+    assert columns(steering_report.added_table(cells), 1)["saerec_fast"] == "−1.00 (4.00)"
+    assert columns(steering_report.ratio_table(cells), 0)["nnsight"] == "25.0"
+
+
+def test_ratio_to_what_is_lost_in_the_noise_is_a_bound() -> None:
+    cells = steering_report.read_added([steered("saerec_fast", -1e-6), steered("nnsight", 50e-6)])
+    assert columns(steering_report.ratio_table(cells), 0)["nnsight"] == "> 50.0"
+
+
+@pytest.mark.parametrize(
+    ("added", "info", "goal", "verdict"),
+    [
+        (30e-6, {}, "delta plan of 8 edits, threshold SAE, all positions", "met"),
+        (31e-6, {}, "delta plan of 8 edits, threshold SAE, all positions", "short"),
+        (31e-6, {"activation": "batchtopk"}, "delta plan of 8 edits, threshold SAE, all positions", "short"),
+        (31e-6, {"rows": 1}, "delta plan of 8 edits, threshold SAE, all positions, B = 1", "short"),
+        (9e-6, {"edits": "add", "positions": "last"}, "add plan", "met"),
+        (11e-6, {"edits": "add"}, "add plan", "short"),
+        (29e-6, {"edits": "add", "rows": 1}, "add plan, B = 1", "met"),
+        (51e-6, {"activation": "topk", "positions": "last"}, "TopK set plan, last position", "short"),
+        (249e-6, {"activation": "topk"}, "TopK set plan, all positions", "met"),
+        (151e-6, {"activation": "topk", "rows": 1}, "TopK set plan, all positions, B = 1", "short"),
+    ],
+)
+def test_goals(added: float, info: dict[str, Any], goal: str, verdict: str) -> None:
+    cells = steering_report.read_added([steered("saerec_fast", added, **info)])
+    found = columns(steering_report.goal_details(cells), 0)
+    assert (found["goal"], found["verdict"]) == (goal, verdict)
+    assert len(steering_report.goal_details(cells).splitlines()) == 3
+    summary = steering_report.goal_table(cells)
+    row = next(line for line in summary.splitlines() if line.startswith(f"| {goal} |"))
+    assert ("short in 1" in row) == (verdict == "short")
+
+
+@pytest.mark.parametrize(
+    ("mode", "times", "verdict"), [("delta", 20, "met"), ("delta", 19, "short"), ("reconstruct", 4, "short")]
+)
+def test_goals_beside_nnsight(mode: str, times: float, verdict: str) -> None:
+    cells = steering_report.read_added(
+        [steered("saerec_fast", 8e-6, mode=mode), steered("nnsight", times * 8e-6, mode=mode)]
+    )
+    rows = steering_report.goal_details(cells).splitlines()
+    assert any("nnsight" in row and row.endswith(f"| {verdict} |") for row in rows)
+
+
+def test_one_report_leaves_the_other_alone(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = report.machine_slug(data)
+    predictor = {"rows": 1, "steered": True, "threads": 4, "calls": 100, "requests_per_second": 800.0}
+    served = {"extra_info": {"task": "predictor", **predictor, "p50": 5e-3, "p99": 9e-3}, "stats": {"median": 1.0}}
+    for benchmarks in (data["benchmarks"], [steered("saerec_fast", 20e-6), served]):
+        source = tmp_path / "run.json"
+        source.write_text(json.dumps({**data, "benchmarks": benchmarks}))
+        monkeypatch.setattr("sys.argv", ["report.py", str(source), str(tmp_path / "results")])
+        report.main()
+    ops, steering = ((tmp_path / "results" / f"{name}{suffix}.md").read_text() for suffix in ("", "-steering"))
+    assert "Encode + decode" in ops
+    assert "Predictor" not in ops
+    assert "| 1 | yes | 4 | 100 | 800 | 5.00 | 9.00 |" in steering
+    assert "no such library" in steering

@@ -20,7 +20,7 @@ from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.serving.requests import Request, RequestReader
 from saerec_fast.serving.tables import read_table, write_table
 from saerec_fast.steering import attach
-from saerec_fast.steering.attach import _hidden_index
+from saerec_fast.steering.attach import hidden_index
 from saerec_fast.types import Ragged, SteeringPlan
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -341,7 +341,7 @@ class Predictor:
         if current is None:
             return
         if isinstance(output, (tuple, list)):
-            index = _hidden_index(output, self._sae.d_model)
+            index = hidden_index(output, self._sae.d_model)
             output = None if index is None else output[index]
         if not isinstance(output, Tensor) or output.shape != (*current.valid.shape, self._sae.d_model):
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

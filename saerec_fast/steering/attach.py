@@ -287,7 +287,7 @@ class SteeringHandle:
         if isinstance(output, Tensor):
             return self._steer(output)
         if isinstance(output, (tuple, list)):
-            index = _hidden_index(output, self._sae.d_model)
+            index = hidden_index(output, self._sae.d_model)
             if index is not None:
                 parts = list(output)
                 parts[index] = self._steer(parts[index])
@@ -592,7 +592,7 @@ def _own_copy(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, requires_grad=False).copy_(tensor)
 
 
-def _hidden_index(parts: Sequence[Any], width: int) -> int | None:
+def hidden_index(parts: Sequence[Any], width: int) -> int | None:
     """Which entry holds the hidden states: the first tensor of that width in a tuple, the last in a list."""
     indices = list(range(len(parts)))
     for index in reversed(indices) if isinstance(parts, list) else indices:
