@@ -45,8 +45,14 @@ _extension_problem = _load_extension()
 def available_backends() -> dict[str, str]:
     """Every backend, with an empty string if it can run here, else the reason why not."""
     triton = _triton_problem(triton_is_interpreted())
-    cuda = "CUDA C++ kernels are not part of this version"
-    return {"cpu": _extension_problem, "triton": triton, "cuda": cuda, "reference": ""}
+    return {"cpu": _extension_problem, "triton": triton, "cuda": _cuda_problem(triton), "reference": ""}
+
+
+def _cuda_problem(triton_problem: str) -> str:
+    from saerec_fast.kernels import cuda
+
+    # All ops but steer run on Triton's kernels there.
+    return cuda.available() or (f"its other ops need triton: {triton_problem}" if triton_problem else "")
 
 
 def triton_is_interpreted() -> bool:

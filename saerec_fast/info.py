@@ -97,7 +97,7 @@ def _automatic_choice(device: str) -> str:
     if choice != "reference":
         return choice
     if device == "cuda" and torch.cuda.is_available() and not reasons["triton"]:
-        return "reference: the Triton kernels have not run on hardware yet; backend='triton' runs them"
+        return "reference: the GPU kernels have not run on hardware yet; backend='triton' or 'cuda' runs them"
     wanted = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}[device]
     return "reference: " + "; ".join(f"{name}: {reasons[name]}" for name in wanted if reasons[name])
 

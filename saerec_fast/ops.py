@@ -1,7 +1,7 @@
 """The ops as PyTorch operators: kernels, fake kernels, autograd.
 
-``torch.ops.saerec_fast.*`` run the C++ kernels, ``torch.ops.saerec_fast_triton.*`` the Triton ones: a set of operators
-for each backend, since two backends may take tensors of one device, and a backward pass must stay on the backend of its
+``torch.ops.saerec_fast.*`` run the C++ kernels, ``torch.ops.saerec_fast_triton.*`` the Triton ones, and
+``torch.ops.saerec_fast_cuda.*`` the CUDA C++ kernel for ``steer`` and the Triton ones besides: a set of operators for each backend, since two backends may take tensors of one device, and a backward pass must stay on the backend of its
 forward pass.
 
 Everything here works on flat hidden states ``(R, d)`` and trusts its arguments; callers use :mod:`saerec_fast.api`.
@@ -23,7 +23,7 @@ from saerec_fast.backend import available_backends
 from saerec_fast.types.plan import OPS
 
 # The namespace of each backend's operators.
-NAMESPACES = {"cpu": "saerec_fast", "triton": "saerec_fast_triton"}
+NAMESPACES = {"cpu": "saerec_fast", "triton": "saerec_fast_triton", "cuda": "saerec_fast_cuda"}
 
 _SCHEMAS = {
     "linear_topk": "(Tensor x, Tensor weight, Tensor? bias, int k, Tensor? exclude_offsets, Tensor? exclude_ids,"
@@ -463,6 +463,22 @@ def _triton(name: str) -> Callable[..., Any]:
     return implementation
 
 
+def _cuda_steer(*args: Any) -> Tensor:
+    """The CUDA C++ kernel, made for the small batches of serving; Triton's where it does not take the arguments."""
+    from saerec_fast.kernels import cuda
+
+    x, edit_ops = args[0], 10
+    if x.shape[0] > _CUDA_STEER_ROWS or cuda.supports(*args[:edit_ops]):
+        steered: Tensor = _triton("steer")(*args)
+        return steered
+    with torch.cuda.device_of(x):
+        return cuda.steer(*args)
+
+
+# Rows up to which one launch that does everything is meant to beat several; more fill the device anyway.
+_CUDA_STEER_ROWS = 256
+
+
 def _define(backend: str) -> torch.library.Library:
     library = torch.library.Library(NAMESPACES[backend], "DEF")
     for name, schema in _SCHEMAS.items():
@@ -485,3 +501,4 @@ for _name in _SCHEMAS:
     # Triton's interpreter takes tensors on the CPU; saerec_fast.backend knows whether it runs.
     for _key in ("CUDA", "CPU"):
         _libraries["triton"].impl(_name, _triton(_name), _key)
+    _libraries["cuda"].impl(_name, _cuda_steer if _name == "steer" else _triton(_name), "CUDA")

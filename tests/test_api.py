@@ -12,7 +12,8 @@ from torch import Tensor
 
 import saerec_fast as fast
 from saerec_fast import backend as backends
-from saerec_fast import reference
+from saerec_fast import ops, reference
+from saerec_fast.kernels import cuda
 
 CASE = Case(8, 20, 5, 6)
 X, W_ENC, B_ENC, B_DEC, W_DEC = make_inputs(CASE)
@@ -192,6 +193,21 @@ def test_backends() -> None:
     for name in ("cpu", "reference"):
         assert backends.resolve(name, X) == name
     assert backends.choose("cuda") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem", "taken"), [(6, "", "cuda"), (6, "k: too large", "triton"), (300, "", "triton")]
+)
+def test_small_batches_go_to_the_cuda_kernel_if_it_takes_them(
+    rows: int, problem: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(cuda, "supports", lambda *args: asked.append(args) or problem)
+    monkeypatch.setattr(cuda, "steer", lambda *args: "cuda")
+    monkeypatch.setattr(ops, "_triton", lambda name: lambda *args: "triton")
+    arguments = (torch.zeros(rows, 8), W_ENC, B_ENC, B_DEC, W_DEC, None, 3, False, [1], [0])
+    assert ops._cuda_steer(*arguments, torch.zeros(1), None, None) == taken
+    assert asked in ([], [arguments])
 
 
 def test_without_the_extension_auto_falls_back_and_cpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

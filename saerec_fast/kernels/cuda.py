@@ -7,6 +7,7 @@ of a call share one device, and all but thresholds and edit values one dtype.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,7 @@ from torch import Tensor
 
 _extension: ModuleType | None
 try:
-    from saerec_fast import _cuda
-
-    _extension, _import_problem = _cuda, ""
+    _extension, _import_problem = importlib.import_module("saerec_fast._cuda"), ""
 except ImportError as error:
     _extension, _import_problem = None, f"the CUDA extension is missing ({error}); build with -DSAEREC_CUDA=ON and nvcc"
 
