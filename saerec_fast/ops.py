@@ -1,9 +1,9 @@
 """The ops as PyTorch operators: kernels, fake kernels, autograd.
 
 ``torch.ops.saerec_fast.*`` run the C++ kernels, ``torch.ops.saerec_fast_triton.*`` the Triton ones, and
-``torch.ops.saerec_fast_cuda.*`` the CUDA C++ kernel for ``steer`` and the Triton ones besides: a set of operators for each
-backend, since two backends may take tensors of one device, and a backward pass must stay on the backend of its forward
-pass.
+``torch.ops.saerec_fast_cuda.*`` the CUDA C++ kernel for ``steer`` and the Triton ones besides: a set of operators for
+each backend, since two backends may take tensors of one device, and a backward pass must stay on the backend of its
+forward pass.
 
 Everything here works on flat hidden states ``(R, d)`` and trusts its arguments; callers use :mod:`saerec_fast.api`.
 ``Library.define`` / ``impl`` with an ``autograd.Function`` under the Autograd key costs a third of what

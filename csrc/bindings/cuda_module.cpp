@@ -46,7 +46,7 @@ class SteerCall {
 
   void launch(uintptr_t edit_values, int64_t edit_values_row_stride, uintptr_t row_mask, const py::tuple& out,
               uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) const {
-    saerec::SteerParams params = params_;
+    saerec::CudaSteerParams params = params_;
     params.edit_values = pointer<const float>(edit_values);
     params.edit_values_row_stride = edit_values_row_stride;
     params.row_mask = pointer<const bool>(row_mask);
@@ -58,7 +58,7 @@ class SteerCall {
  private:
   saerec::CudaDevice device_;
   std::vector<int64_t> edit_features_, edit_ops_;
-  saerec::SteerParams params_;
+  saerec::CudaSteerParams params_;
 };
 
 // (number of devices, the reason where the driver cannot say)

@@ -119,7 +119,7 @@ int cuda_device_count(std::string* reason) {
   return 0;
 }
 
-void cuda_steer(const SteerParams& params, const CudaDevice& device, void* workspace, int64_t workspace_bytes,
+void cuda_steer(const CudaSteerParams& params, const CudaDevice& device, void* workspace, int64_t workspace_bytes,
                 void* stream) {
   if (params.x.rows == 0 || params.x.cols == 0) return;
   cuda::SteerLaunch launch = cuda::plan_steer(params, device);

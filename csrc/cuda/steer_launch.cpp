@@ -17,7 +17,7 @@ constexpr int kLeastCapability = 80;
 
 int vector_elements(DType dtype) { return dtype == DType::kFloat32 ? Float32::kVector : Float16::kVector; }
 
-KernelPlan compile(const SteerParams& params) {
+KernelPlan compile(const CudaSteerParams& params) {
   KernelPlan plan = {};
   std::vector<int64_t> features(params.edit_features, params.edit_features + params.n_edits);
   std::sort(features.begin(), features.end());
@@ -40,19 +40,21 @@ KernelPlan compile(const SteerParams& params) {
   return plan;
 }
 
-bool needs_activations(const SteerParams& params) {
+bool needs_activations(const CudaSteerParams& params) {
   return std::any_of(params.edit_ops, params.edit_ops + params.n_edits,
                      [](int64_t op) { return op != static_cast<int64_t>(EditOp::kAdd); });
 }
 
-bool encodes(const SteerParams& params) { return params.reconstruct || (params.k > 0 && needs_activations(params)); }
+bool encodes(const CudaSteerParams& params) {
+  return params.reconstruct || (params.k > 0 && needs_activations(params));
+}
 
 bool rows_aligned(const Matrix& matrix) {
   const int64_t row_bytes = matrix.row_stride * dtype_size(matrix.dtype);
   return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && row_bytes % 16 == 0;
 }
 
-int64_t shared_bytes(const SteerParams& params, int tile_rows, int64_t owned_rows) {
+int64_t shared_bytes(const CudaSteerParams& params, int tile_rows, int64_t owned_rows) {
   return 4 * layout_of(vector_elements(params.x.dtype), tile_rows, owned_rows, static_cast<int>(params.weight_enc.rows),
                        static_cast<int>(params.x.cols))
                  .words;
@@ -60,7 +62,7 @@ int64_t shared_bytes(const SteerParams& params, int tile_rows, int64_t owned_row
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int cluster_blocks(const SteerParams& params, const CudaDevice& device) {
+int cluster_blocks(const CudaSteerParams& params, const CudaDevice& device) {
   if (device.capability < kClusterCapability) return 1;
   int blocks = kMostClusterBlocks;
   while (blocks > 1 && params.weight_enc.rows < blocks * kLeastSliceFeatures) blocks /= 2;
@@ -69,7 +71,7 @@ int cluster_blocks(const SteerParams& params, const CudaDevice& device) {
 
 // The smallest tile with which all blocks run at once, one per multiprocessor: fewer rows a tile spread the work, more
 // save reads of W_enc.
-int tile_rows(const SteerParams& params, const CudaDevice& device, int blocks) {
+int tile_rows(const CudaSteerParams& params, const CudaDevice& device, int blocks) {
   int chosen = 1;
   for (const int rows : kTileRows) {
     if (shared_bytes(params, rows, 0) > device.shared_memory) break;
@@ -79,7 +81,7 @@ int tile_rows(const SteerParams& params, const CudaDevice& device, int blocks) {
   return chosen;
 }
 
-std::string problem(const SteerParams& params, const CudaDevice& device) {
+std::string problem(const CudaSteerParams& params, const CudaDevice& device) {
   const auto text = [](int64_t number) { return std::to_string(number); };
   constexpr int64_t kMost32 = std::numeric_limits<int32_t>::max();
   if (device.capability < kLeastCapability) {
@@ -104,7 +106,7 @@ std::string problem(const SteerParams& params, const CudaDevice& device) {
 
 }  // namespace
 
-SteerLaunch plan_steer(const SteerParams& params, const CudaDevice& device) {
+SteerLaunch plan_steer(const CudaSteerParams& params, const CudaDevice& device) {
   const std::string reason = problem(params, device);
   if (!reason.empty()) throw std::invalid_argument(reason);
   SteerLaunch launch;
@@ -156,11 +158,11 @@ SteerLaunch plan_steer(const SteerParams& params, const CudaDevice& device) {
 
 }  // namespace cuda
 
-std::string cuda_steer_problem(const SteerParams& params, const CudaDevice& device) {
+std::string cuda_steer_problem(const CudaSteerParams& params, const CudaDevice& device) {
   return cuda::problem(params, device);
 }
 
-int64_t cuda_steer_workspace(const SteerParams& params, const CudaDevice& device) {
+int64_t cuda_steer_workspace(const CudaSteerParams& params, const CudaDevice& device) {
   return cuda::plan_steer(params, device).workspace_bytes;
 }
 

@@ -19,7 +19,7 @@ struct SteerLaunch {
 };
 
 // The launch but for the address of its workspace. Throws std::invalid_argument where the arguments are not supported.
-SteerLaunch plan_steer(const SteerParams& params, const CudaDevice& device);
+SteerLaunch plan_steer(const CudaSteerParams& params, const CudaDevice& device);
 
 }  // namespace cuda
 }  // namespace saerec

@@ -59,7 +59,7 @@ class Words {
 };
 
 struct Call {
-  saerec::SteerParams params;
+  saerec::CudaSteerParams params;
   saerec::CudaDevice device;
 
   explicit Call(const int64_t* flat) {
