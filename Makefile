@@ -161,7 +161,7 @@ format: setup
 sanitize: .venv-sanitize/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  .venv-sanitize/bin/python -m pytest tests/kernels $(ARGS)
+	  .venv-sanitize/bin/python -m pytest tests/kernels --ignore=tests/kernels/triton --ignore=tests/kernels/cuda $(ARGS)
 
 # Only the kernels are instrumented, and they run on std::thread here: torch's and Python's own threads are not looked at.
 sanitize-thread: .venv-sanitize_thread/.installed
