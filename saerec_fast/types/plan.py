@@ -183,7 +183,7 @@ class SteeringPlan:
         if len(widths) > 1:
             raise ValueError(f"edits: expected directions of one width, got {' and '.join(map(str, widths))}")
         # For checks against a dictionary, which serving does for every request.
-        largest = max((edit.feature for edit in edits if isinstance(edit, Edit)), default=-1)
+        largest = max([-1, *[edit.feature for edit in edits if isinstance(edit, Edit)]])
         object.__setattr__(self, "_largest_feature", largest)
         object.__setattr__(self, "_direction_width", widths[0] if widths else None)
 
