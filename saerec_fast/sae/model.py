@@ -447,12 +447,13 @@ class SparseAutoencoder(nn.Module):
         key = _version_key(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.mean, self.std)
         if key is None:
             return self._fold()
-        if self._folded is None or self._folded[0] != key:
+        folded = self._folded
+        if folded is None or folded[0] != key:
             # Not as inference tensors, even where inference_mode is on: a later call may need them in a graph.
             with torch.inference_mode(False), torch.no_grad():
                 kept = _aliases(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.mean, self.std)
-                self._folded = (key, self._fold(), kept)
-        return self._folded[1]
+                self._folded = folded = (key, self._fold(), kept)
+        return folded[1]
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -581,14 +582,16 @@ class SparseAutoencoder(nn.Module):
         key = _version_key(weights.W_enc, weights.b_enc)
         if key is None:
             return None
-        if self._packed is None or self._packed[0] != key:
+        kept = self._packed
+        if kept is None or kept[0] != key:
             try:
                 packed = pack_weights(weights.W_enc, weights.b_enc)
             except ValueError:
                 # Not finite, or float64: the ops know what to do.
                 packed = None
-            self._packed = key, packed, _aliases(weights.W_enc, weights.b_enc)
-        return self._packed[1]
+            # Another thread may keep its own meanwhile, made from weights it has folded itself.
+            self._packed = kept = key, packed, _aliases(weights.W_enc, weights.b_enc)
+        return kept[1]
 
     def _bound_kernels(self, dtype: torch.dtype) -> _Bound | None:
         """The kernels of evaluation mode with the weights checked and fixed, or ``None`` where none can run."""

@@ -11,6 +11,7 @@ import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -770,3 +771,19 @@ def test_forward_encode_and_steer_share_one_packing(monkeypatch: pytest.MonkeyPa
         sae(x)
         sae.encode(x)
     assert len(packings) == 2
+
+
+def test_threads_that_bind_a_module_at_once():
+    """Each folds and packs weights of its own until one of them keeps its own; none may take half of another's."""
+    x = hidden_states(40)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(60):
+            sae, barrier = make_large(ReLU(), 0.1, 1.3), Barrier(4)
+
+            def work(_, sae=sae, barrier=barrier):
+                barrier.wait()
+                with torch.no_grad():
+                    return sae.decode(sae.encode(x)), sae(x)
+
+            for decoded, forward in pool.map(work, range(4)):
+                torch.testing.assert_close(decoded, forward, rtol=1e-5, atol=1e-5)
