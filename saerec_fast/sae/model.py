@@ -385,6 +385,8 @@ class SparseAutoencoder(nn.Module):
             elif positions == "last" and x.dim() == 2:
                 return None
             if strengths is not None:
+                if not isinstance(strengths, Tensor):
+                    return None
                 shape = tuple(strengths.shape)
                 if shape == (*[x.shape[0], 1][: x.dim() - 1], len(plan.edits)):
                     strengths = strengths.reshape(x.shape[0], len(plan.edits))

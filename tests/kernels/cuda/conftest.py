@@ -73,7 +73,7 @@ def threshold_of(activation: Activation) -> Tensor:
 @pytest.fixture(scope="session")
 def emulated_library() -> object:
     if emulation.compiler() is None:
-        pytest.skip("no C++ compiler to build the emulation with")
+        pytest.fail("a C++ compiler is needed to build the emulation with, as for the extension")
     return emulation.build()
 
 
