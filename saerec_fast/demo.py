@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from saerec_fast.data import read_dataset
 from saerec_fast.files import read_json, write_json
 from saerec_fast.interpret import Estimate, ratio
 from saerec_fast.interpret.report import (
@@ -29,17 +28,11 @@ from saerec_fast.interpret.report import (
 )
 from saerec_fast.pipeline import (
     RECOMMENDERS,
-    ActivationSettings,
     ControlSettings,
-    DataSettings,
-    RecommenderSettings,
     Run,
     compare_recommenders,
 )
-from saerec_fast.sae import SAETrainingConfig
-
-# Below this many interactions a data set is small (MovieLens 100K has 100,000, MovieLens 1M a million).
-SMALL = 300_000
+from saerec_fast.presets import activation_settings, data_settings, is_small, recommender_settings, sae_settings
 
 _EMBEDDING_LIMIT = (
     "The hidden state taken apart here is the item embedding that enters the first block: the same wherever an item "
@@ -59,7 +52,7 @@ def run_demo(data: str, run: Run, *, seed: int = 0) -> dict[str, Any]:
         What ``metrics.json`` holds.
     """
     started = time.perf_counter()
-    small = _is_small(data)
+    small = is_small(data)
     described = run.prepare_data(data_settings(data, small, seed))
     recommenders = run.train_recommender(recommender_settings(small, seed))
     run.collect_activations(activation_settings(small))
@@ -100,7 +93,7 @@ def run_comparison(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """:func:`saerec_fast.pipeline.compare_recommenders` with the demo's test users and recommender."""
-    small = _is_small(data)
+    small = is_small(data)
     return compare_recommenders(
         data_settings(data, small, seed),
         recommender_settings(small, seed),
@@ -110,41 +103,6 @@ def run_comparison(
         progress=progress,
         say=say,
     )
-
-
-def _is_small(data: str) -> bool:
-    return read_dataset(data).n_interactions < SMALL
-
-
-def data_settings(data: str, small: bool, seed: int) -> DataSettings:
-    """Who is in which part: with few users, fewer are set aside for the SAE."""
-    return DataSettings(data, sae_share=0.05 if small else 0.1, seed=seed)
-
-
-def recommender_settings(small: bool, seed: int) -> RecommenderSettings:
-    """Settings of the recommender: a larger data set needs fewer passes over itself."""
-    if small:
-        return RecommenderSettings(seed=seed)
-    return RecommenderSettings(epochs=14, batch_size=64, patience=5, seed=seed)
-
-
-def activation_settings(small: bool) -> ActivationSettings:
-    """Where the hidden states come from.
-
-    On a large data set, after block 0, of users the recommender has not been trained on: the paper's protocol. On a
-    small one, the item embedding that enters the first block, of all but the test users: on MovieLens 100K features
-    followed genres more closely there than after block 0 (docs/results.md).
-    """
-    return ActivationSettings("embedding", "non_test") if small else ActivationSettings("block.0", "train_sae")
-
-
-def sae_settings(small: bool, seed: int) -> SAETrainingConfig:
-    """Settings of the SAE for a small data set (MovieLens 100K) or a larger one (MovieLens 1M and above)."""
-    if small:
-        return SAETrainingConfig(
-            n_features=1024, activation="relu", l1_coefficient=1.0, steps=2500, batch_size=1024, seed=seed
-        )
-    return SAETrainingConfig(n_features=1024, activation="topk", k=32, steps=6000, batch_size=2048, seed=seed)
 
 
 def _examples(run: Run) -> list[RecommendationExample]:

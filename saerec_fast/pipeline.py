@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -304,22 +304,21 @@ class Run:
             store = ActivationStore(self.folder / "activations" / "store")
             sae = train_sae(store, config, folder / "training", progress=self.progress).eval()
             sae.save(folder / "model")
-            rows = (hidden for hidden, _, _ in iterate_hidden(self.model, self.split.test, self.site))
-            quality = evaluate_sae(sae, rows)
-            fired = quality.pop("fired_fraction")
-            np.save(folder / "fired_fraction.npy", fired)
-            reconstructed = evaluate_steered(
-                self.model,
-                self.split.test,
-                sae,
-                self.site,
-                SteeringPlan(mode="reconstruct"),
-                popularity=self.popularity,
-            )
-            quality["reconstruction"] = _measured(reconstructed)
+            quality = self.sae_quality(sae, self.site)
+            np.save(folder / "fired_fraction.npy", quality.pop("fired_fraction"))
             return quality
 
         return self._step("sae", config.to_dict(), compute)
+
+    def sae_quality(self, sae: SparseAutoencoder, site: str) -> dict[str, Any]:
+        """:func:`saerec_fast.sae.evaluate_sae` of an SAE of a site on the test users, and under ``reconstruction`` how
+        well the recommender ranks with the reconstruction in place of the hidden state."""
+        rows = (hidden for hidden, _, _ in iterate_hidden(self.model, self.split.test, site))
+        quality = evaluate_sae(sae, rows)
+        plan = SteeringPlan(mode="reconstruct")
+        reconstructed = evaluate_steered(self.model, self.split.test, sae, site, plan, popularity=self.popularity)
+        quality["reconstruction"] = _measured(reconstructed)
+        return quality
 
     def interpret(self) -> dict[str, Any]:
         """Statistics of every (feature, attribute) and top examples, for SAE features and raw dimensions."""
@@ -351,13 +350,11 @@ class Run:
     @cached_property
     def interpretation(self) -> Interpretation:
         """The statistics with all that intervals and distributions need, from one pass over each group of users."""
-        table = self.split.test.item_table
-        names = self.result("data")["attributes"]
-        attributes = table.attributes[:, [table.attribute_names.index(name) for name in names]]
+        attributes, names = self.attributes
         sae = self.sae
         statistics: dict[str, FeatureStatisticsResult] = {}
         examples = {"sae": TopExamples(sae.n_features), "raw": TopExamples(sae.d_model)}
-        for suffix, dataset in (("", self.split.test), ("_train", self._sae_users())):
+        for suffix, dataset in (("", self.split.test), ("_train", self.sae_users)):
             features = FeatureStatistics(sae.n_features, attributes, names)
             raw = FeatureStatistics(sae.d_model, attributes, names, signed=False)
             for hidden, users, items in iterate_hidden(self.model, dataset, self.site):
@@ -469,9 +466,29 @@ class Run:
         """Leave-last-out metrics on the test users."""
         return evaluate(recommend, self.split.test, popularity=self.popularity)
 
-    def _sae_users(self) -> Dataset:
+    @property
+    def sae_users(self) -> Dataset:
+        """The users the SAE is trained on."""
         users = self._settings("activations")["users"]
         return self.split.train_sae if users == "train_sae" else self.split.non_test
+
+    @property
+    def attributes(self) -> tuple[np.ndarray, list[str]]:
+        """The attributes that are common enough for statistics: bool ``(n_items, A)``, and their A names."""
+        table, names = self.split.test.item_table, self.result("data")["attributes"]
+        return table.attributes[:, [table.attribute_names.index(name) for name in names]], names
+
+    def section(
+        self, name: str, settings: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Run or reuse a further step that builds on all of :data:`STEPS` up to the interpretation.
+
+        Args:
+            name: its folder in the run's, with ``/`` between levels.
+            settings: what it is asked for, as json holds it; where they differ from last time it starts afresh.
+            compute: gets its folder, returns its figures as json holds them.
+        """
+        return self._step(name, dict(settings), compute, STEPS[: STEPS.index("interpretation") + 1])
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """What every finished step was asked for."""
@@ -487,9 +504,15 @@ class Run:
                 f"{self.folder}: the step {step!r} has not been run; run `{_COMMANDS[step]} --run {self.folder}`"
             )
 
-    def _step(self, name: str, settings: dict[str, Any], compute: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Run a step, or reuse it; see the module's docstring."""
-        before = STEPS[: STEPS.index(name)]
+    def _step(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        compute: Callable[[Path], dict[str, Any]],
+        before: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Run a step, or reuse it; see the module's docstring. ``before``: default all of :data:`STEPS` before it."""
+        before = STEPS[: STEPS.index(name)] if before is None else before
         for earlier in before:
             self._require(earlier)
         folder = self.folder / name
@@ -523,7 +546,7 @@ class Run:
 
     def _forget(self, step: str) -> None:
         """Drop loaded artefacts of a step that is about to be replaced, and of those after it."""
-        for later in STEPS[STEPS.index(step) :]:
+        for later in STEPS[STEPS.index(step) :] if step in STEPS else ():
             for attribute in _LOADED.get(later, ()):
                 self.__dict__.pop(attribute, None)
 
