@@ -286,6 +286,34 @@ def demo(
     _print_metrics(metrics, out)
 
 
+@app.command()
+def study(
+    data: DataPath = "ml-100k",
+    run: RunFolder = Path("runs/study"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer epochs, steps and SAEs: to look at, not to quote.")
+    ] = False,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """The paper's whole programme: sweep, interpretability, control, with report.html, tables and figures."""
+    from saerec_fast.study.settings import study_settings
+    from saerec_fast.study.study import run_study
+
+    path = _resolve_data(data, quiet)
+    command = f"saerec study --data {data} --run {run}{' --quick' if quick else ''}{f' --seed {seed}' if seed else ''}"
+    result = run_study(_run(run, quiet), study_settings(path, quick=quick, seed=seed), command=command)
+    table = Table("goal", "wanted", "found", "reached")
+    for goal in result["goals"]:
+        table.add_row(goal["goal"], goal["wanted"], goal["found"], "yes" if goal["reached"] else "no")
+    console.print(table)
+    times = Table("step", "seconds")
+    for name, seconds in result["seconds"].items():
+        times.add_row(name, f"{seconds:.0f}")
+    console.print(times)
+    console.print(f"report: {run / 'report.html'}")
+
+
 def _run(folder: Path, quiet: bool) -> Run:
     from saerec_fast.pipeline import Run
 

@@ -236,6 +236,11 @@ class Run:
         result: dict[str, Any] = read_json(self.folder / step / "result.json")["result"]
         return result
 
+    def seconds(self, step: str) -> float:
+        """How long a finished step took when it ran; of one that was cut off, its last call."""
+        self._require(step)
+        return float(read_json(self.folder / step / "result.json")["seconds"])
+
     def prepare_data(self, settings: DataSettings) -> dict[str, Any]:
         """Read, describe and split the interactions."""
 
@@ -501,7 +506,8 @@ class Run:
     def _require(self, step: str) -> None:
         if not (self.folder / step / "result.json").exists():
             raise FileNotFoundError(
-                f"{self.folder}: the step {step!r} has not been run; run `{_COMMANDS[step]} --run {self.folder}`"
+                f"{self.folder}: the step {step!r} has not been run; run "
+                f"`{_COMMANDS.get(step, 'saerec study')} --run {self.folder}`"
             )
 
     def _step(

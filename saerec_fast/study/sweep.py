@@ -25,6 +25,7 @@ from saerec_fast.sae import ActivationStore, SAETrainingConfig, train_sae
 from saerec_fast.sae.activation_store import Batch
 
 _READ_ROWS = 16384
+_QUICK_STEPS = 1000
 
 # How tables call the kinds of SAE, and the parameter that sets how sparse each is.
 GROUPS = {
@@ -60,6 +61,15 @@ class SweepSettings:
         ("gated", (0.2, 0.4, 0.8, 1.6)),
     )
     sites: bool = True
+
+    def quick(self) -> SweepSettings:
+        """A corner of the sweep, with fewer steps."""
+        return SweepSettings(
+            replace(self.base, steps=min(_QUICK_STEPS, self.base.steps)),
+            n_features=(self.base.n_features,),
+            grid=(("relu", (0.3, 1.0)), ("topk", (8, 32)), ("batch_topk", (8, 32))),
+            line=(),
+        )
 
 
 @dataclass(frozen=True)
@@ -200,10 +210,16 @@ def _run_trial(run_folder: Path, folder: Path, trial: Trial) -> dict[str, Any]:
 def _collect(run: Run, site: str, folder: Path) -> None:
     """The hidden states of a site on disk, for the SAE's users and the test users; those that are whole are kept."""
     for part, dataset in (("sae_users", run.sae_users), ("test", run.split.test)):
-        try:
-            ActivationStore(folder / part)
-        except (ValueError, FileNotFoundError):
+        if not _is_whole(folder / part):
             collect(run.model, dataset, site, folder / part, progress=False)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        ActivationStore(path)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
 
 
 def _rows(path: Path) -> Iterator[Batch]:

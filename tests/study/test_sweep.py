@@ -1,4 +1,4 @@
-"""The sweep: its figures are those of the SAE's own step, it goes on where it was cut off, and threads do not matter."""
+"""The sweep: the same figures as the SAE's own step, going on where it was cut off, whatever the number of threads."""
 
 from __future__ import annotations
 

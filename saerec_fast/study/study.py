@@ -1,0 +1,66 @@
+"""The whole study over one folder: the steps, the sections, and what is written of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from saerec_fast.files import write_json
+from saerec_fast.pipeline import STEPS, Run
+from saerec_fast.study.figures import write_figures
+from saerec_fast.study.goals import goals
+from saerec_fast.study.report import StudyFacts, write_study_report
+from saerec_fast.study.settings import SECTIONS, StudySettings
+from saerec_fast.study.tables import write_tables
+
+
+def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[str, Any]:
+    """Run or resume everything, write ``study.json``, ``report.html``, ``tables/*.csv`` and ``figures/*.svg``.
+
+    Args:
+        run: the run to fill.
+        settings: of :func:`~saerec_fast.study.settings.study_settings`, or made by hand.
+        command: what was typed, for the page.
+
+    Returns:
+        What ``study.json`` holds: the goals with what was found, the results of the steps and sections (but for the
+        browser's, which the page holds), their settings, and how long each took.
+    """
+    described = run.prepare_data(settings.data)
+    recommenders = run.train_recommender(settings.recommender)
+    run.collect_activations(settings.activations)
+    quality = run.train_sae(settings.sae)
+    run.interpret()
+    results = {
+        name: run.section(f"study/{name}", asdict(chosen), partial(SECTIONS[name].measure, run, chosen))
+        for name, chosen in settings.sections.items()
+    }
+    kept = quality["reconstruction"]["ndcg@10"] / recommenders["transformer"]["ndcg@10"]
+    reached = goals(results, reconstruction_kept=kept)
+    names = [*STEPS[: STEPS.index("interpretation") + 1], *(f"study/{name}" for name in results)]
+    facts = StudyFacts(
+        title=f"What a recommender has learned from {described['name']}",
+        command=command,
+        data=described,
+        recommender=recommenders,
+        sae=quality,
+        goals=reached,
+        times={name: run.seconds(name) for name in names},
+        settings={**run.settings(), **{name: asdict(chosen) for name, chosen in settings.sections.items()}},
+    )
+    study = {
+        "goals": reached,
+        "data": described,
+        "recommender": recommenders,
+        "sae": quality,
+        **{name: result for name, result in results.items() if name != "browser"},
+        "settings": facts.settings,
+        "seconds": facts.times,
+        "command": command,
+    }
+    write_json(run.folder / "study.json", study)
+    write_tables(run.folder / "tables", results)
+    write_figures(run.folder / "figures", results)
+    write_study_report(run.folder / "report.html", results, facts=facts)
+    return study

@@ -1,0 +1,72 @@
+"""Goals are judged by the figures, and by the right ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from saerec_fast.study.goals import goals
+
+
+def point(name: str, explained: float, l0: float, correlation: float, auc: float) -> dict:
+    return {
+        "name": name,
+        "explained_variance": explained,
+        "l0": l0,
+        "correlation": [correlation, None, None],
+        "roc_auc": [auc, None, None],
+    }
+
+
+def control(relative: dict[str, float | None], suppression: dict[str, tuple[float, float]]) -> dict:
+    return {
+        "at_share": {
+            "multiple": 6.0,
+            "methods": [{"method": name, "relative_to_reference": value} for name, value in relative.items()],
+        },
+        "suppression_summary": [
+            {"method": name, "share_left": left, "ndcg_kept": kept} for name, (left, kept) in suppression.items()
+        ],
+    }
+
+
+@pytest.mark.parametrize(("kept", "reached"), [(0.99, True), (0.9899, False), (1.01, True)])
+def test_reconstruction(kept: float, reached: bool) -> None:
+    (goal,) = goals({}, reconstruction_kept=kept)
+    assert goal["reached"] is reached
+
+
+def test_only_saes_that_are_faithful_and_sparse_count_for_interpretability() -> None:
+    dense = point("dense", 0.99, 35.1, 0.9, 0.95)
+    unfaithful = point("unfaithful", 0.949, 10, 0.9, 0.95)
+    goal = goals({"sweep": {"points": [dense, unfaithful]}}, reconstruction_kept=1)[1]
+    assert not goal["reached"]
+    assert "no SAE" in goal["found"]
+    near = point("near", 0.95, 35, 0.69, 0.95)
+    lopsided = point("lopsided", 0.96, 20, 0.71, 0.5)
+    goal = goals({"sweep": {"points": [dense, unfaithful, near, lopsided]}}, reconstruction_kept=1)[1]
+    assert not goal["reached"]
+    assert "near" in goal["found"]
+    both = point("both", 0.95, 35, 0.70, 0.88)
+    goal = goals({"sweep": {"points": [near, both, lopsided]}}, reconstruction_kept=1)[1]
+    assert goal["reached"]
+    assert "both" in goal["found"]
+
+
+def test_control_takes_the_best_method_that_was_measured() -> None:
+    result = control({"reference": 1.0, "several": 1.12, "unmeasured": None}, {"zero": (0.89, 1.0)})
+    share, suppression = goals({"control": result}, reconstruction_kept=1)[1:]
+    assert share["reached"]
+    assert "several" in share["found"]
+    assert not suppression["reached"]
+    assert "89%" in suppression["found"]
+
+
+def test_of_methods_that_suppress_enough_the_gentlest_counts() -> None:
+    result = control({}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8), "gentle": (0.25, 0.97)})
+    (suppression,) = goals({"control": result}, reconstruction_kept=1)[1:]
+    assert suppression["reached"]
+    assert "gentle" in suppression["found"]
+    result = control({}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8)})
+    (suppression,) = goals({"control": result}, reconstruction_kept=1)[1:]
+    assert not suppression["reached"]
+    assert "harsh" in suppression["found"]
