@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd.function import once_differentiable
 
 from saerec_fast.backend import available_backends
@@ -464,6 +465,29 @@ def _triton(name: str) -> Callable[..., Any]:
     return implementation
 
 
+# Operators whose kernels Inductor gets to see, to place them among its own and to do without the buffers between. The
+# others stay whole: their kernels store where values they have loaded tell them to, which PyTorch's analysis of a kernel
+# takes for writing to its inputs, and it would copy the weights first; or they read a size from the device.
+_TAKEN_APART = ("decode_sparse", "encode_features", "sparse_dot", "sparse_weight_gradient")
+
+
+def _kernels_of(name: str) -> Callable[..., Any]:
+    """What torch.compile makes of a Triton operator on CUDA tensors: as ``torch.library.triton_op`` does it, which would
+    register operators that cost three times as much a call. An exported program keeps the operator."""
+
+    def decompose(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+        if not args[0].is_cuda or (exporting is not None and exporting()):
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        from saerec_fast.kernels.triton.launch import recording
+
+        module = importlib.import_module(f"saerec_fast.kernels.triton.{name}")
+        with mode, recording():
+            return getattr(module, name)(*args, **kwargs)
+
+    return decompose
+
+
 def _cuda_steer(*args: Any) -> Tensor:
     """The CUDA C++ kernel, made for the small batches of serving; Triton's where it does not take the arguments."""
     from saerec_fast.kernels import cuda
@@ -503,3 +527,8 @@ for _name in _SCHEMAS:
     for _key in ("CUDA", "CPU"):
         _libraries["triton"].impl(_name, _triton(_name), _key)
     _libraries["cuda"].impl(_name, _cuda_steer if _name == "steer" else _triton(_name), "CUDA")
+for _name in _TAKEN_APART:
+    for _backend in ("triton", "cuda"):
+        torch.library.register_torch_dispatch(
+            f"{NAMESPACES[_backend]}::{_name}", FunctionalTensorMode, _kernels_of(_name), lib=_libraries[_backend]
+        )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction, jit
 
 
@@ -20,7 +24,21 @@ INTERPRETED = not isinstance(_probe, JITFunction)
 OPTIONS = {"enable_fp_fusion": True}
 
 
+_recorded: ContextVar[bool] = ContextVar("recorded", default=False)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside, :func:`launch` leaves a kernel in the graph that torch.compile is tracing, and starts nothing."""
+    token = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Starts a kernel on the current stream, unless its grid is empty, which CUDA refuses."""
     if 0 not in grid:
+        kernel = wrap_triton(kernel) if _recorded.get() else kernel
         kernel[grid](*args, **constants, **OPTIONS)
