@@ -466,14 +466,14 @@ def _triton(name: str) -> Callable[..., Any]:
 
 
 # Operators whose kernels Inductor gets to see, to place them among its own and to do without the buffers between. The
-# others stay whole: their kernels store where values they have loaded tell them to, which PyTorch's analysis of a kernel
-# takes for writing to its inputs, and it would copy the weights first; or they read a size from the device.
+# others stay whole: their kernels store where loaded values tell them to, which PyTorch's analysis of a kernel takes for
+# writing to its inputs, so that it would copy the weights first; or they read a size from the device.
 _TAKEN_APART = ("decode_sparse", "encode_features", "sparse_dot", "sparse_weight_gradient")
 
 
 def _kernels_of(name: str) -> Callable[..., Any]:
-    """What torch.compile makes of a Triton operator on CUDA tensors: as ``torch.library.triton_op`` does it, which would
-    register operators that cost three times as much a call. An exported program keeps the operator."""
+    """What torch.compile makes of a Triton operator on CUDA tensors: as ``torch.library.triton_op`` does it, whose
+    operators would cost three times as much a call. An exported program keeps the operator."""
 
     def decompose(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
         exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7

@@ -253,7 +253,7 @@ def test_wrong_arguments_are_refused():
     for call in (sae, sae.encode, lambda x: sae.steer(x, SteeringPlan())):
         with pytest.raises(ValueError, match=rf"x: expected shape \(\.\.\., {D_MODEL}\).*got \(2, 8\)"):
             call(torch.zeros(2, 8))
-    with pytest.raises(TypeError, match="strengths: expected a floating point tensor .*got list"):
+    with pytest.raises(TypeError, match=r"strengths: expected a floating point tensor .*got list"):
         sae.steer(torch.zeros(2, D_MODEL), SteeringPlan([Edit(0, "set", 1.0)]), strengths=[1.0])
     with pytest.raises(ValueError, match="feature ids go from 0 to 40, got 41"):
         sae.steer(hidden_states(2), plan)
