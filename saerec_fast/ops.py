@@ -466,8 +466,8 @@ def _triton(name: str) -> Callable[..., Any]:
 
 
 # Operators whose kernels Inductor gets to see, to place them among its own and to do without the buffers between. The
-# others stay whole: their kernels store where loaded values tell them to, which PyTorch's analysis of a kernel takes for
-# writing to its inputs, so that it would copy the weights first; or they read a size from the device.
+# others stay whole: their kernels store where loaded values tell them to, which PyTorch's analysis takes for writing to
+# its inputs, so that it would copy the weights first; or they read a size from the device.
 _TAKEN_APART = ("decode_sparse", "encode_features", "sparse_dot", "sparse_weight_gradient")
 
 
