@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from saerec_fast.sae.model import SparseAutoencoder
 from saerec_fast.training_ops import adam_step
@@ -21,6 +22,7 @@ class Adam(torch.optim.Optimizer):
 
     Args:
         sae: whose parameters to update; decoder rows of unit norm.
+        further: parameters that are learned beside those of ``sae``.
         lr: learning rate.
         betas: decay of the running means of the gradient and its square.
         eps: added to the denominator.
@@ -32,6 +34,8 @@ class Adam(torch.optim.Optimizer):
     def __init__(
         self,
         sae: SparseAutoencoder,
+        further: Iterable[nn.Parameter] = (),
+        *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -43,7 +47,7 @@ class Adam(torch.optim.Optimizer):
         if not eps >= 0:
             raise ValueError(f"eps: expected a number >= 0, got {eps}")
         self._unit_rows = sae.W_dec
-        super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__([*sae.parameters(), *further], {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
