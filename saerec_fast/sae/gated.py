@@ -14,8 +14,8 @@ class Gate(nn.Module):
     """The gate of a gated SAE, learned beside the parameters of a :class:`SparseAutoencoder`.
 
     ``a = H(π) · ReLU(exp(r_mag) · W (z − b_dec) + b_mag)`` with ``π = W (z − b_dec) + b_gate`` (Rajamanoharan et al.,
-    arXiv 2404.16014, eq. 5 to 7), where ``W`` and ``b_mag`` are ``W_enc`` and ``b_enc`` of the autoencoder. The loss
-    is ``mean ‖r‖² + l1_coefficient · mean ‖ReLU(π)‖₁ + mean ‖r_gate‖²`` (eq. 8): the reconstruction from ``a``, the
+    arXiv 2404.16014, section 3), where ``W`` and ``b_mag`` are ``W_enc`` and ``b_enc`` of the autoencoder. The loss
+    is ``mean ‖r‖² + l1_coefficient · mean ‖ReLU(π)‖₁ + mean ‖r_gate‖²``: the reconstruction from ``a``, the
     penalty, and the reconstruction from ``ReLU(π)`` by a decoder that does not learn from it; the gate learns from the
     last two only.
 
@@ -73,7 +73,7 @@ def fold_gate(W_enc: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> tu
     """Encoder weights, bias and threshold of the JumpReLU encoder that equals a gated one.
 
     The gate is open where ``W x + b_gate > 0``, so where ``exp(r_mag) W x + b_mag > b_mag − exp(r_mag) b_gate``; with
-    the ReLU of the magnitude the threshold is that or 0 (arXiv 2404.16014, appendix E).
+    the ReLU of the magnitude the threshold is that or 0.
 
     Args:
         W_enc: ``(n, d)``, shared by gate and magnitude.

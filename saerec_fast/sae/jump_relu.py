@@ -16,8 +16,8 @@ class TrainedThresholds(nn.Module):
     """A threshold ``θ`` for each feature that is learned beside the parameters of a :class:`SparseAutoencoder`.
 
     The loss is ``mean ‖r‖² + l0_coefficient · mean ‖a‖₀`` with ``a = pre · H(pre − θ)`` (Rajamanoharan et al.,
-    arXiv 2407.14435, eq. 9). Its derivative with respect to ``θ`` is 0 almost everywhere, so that of its expectation is
-    estimated (eq. 11 and 12, "straight-through"): with the rectangle kernel ``K(u) = 1`` for ``|u| < 1/2``,
+    arXiv 2407.14435, section 3). Its derivative with respect to ``θ`` is 0 almost everywhere, so that of its
+    expectation is estimated ("straight-through"): with the rectangle kernel ``K(u) = 1`` for ``|u| < 1/2``,
 
         ``∂a/∂θ = −(θ / ε) K((pre − θ) / ε)`` and ``∂H/∂θ = −(1 / ε) K((pre − θ) / ε)``.
 
@@ -56,7 +56,7 @@ class TrainedThresholds(nn.Module):
         size = max(z.shape[0], 1)
         gradient = -(threshold * window.slope + window.entries * (l0_coefficient / size)) / self.bandwidth
         self.log_threshold.grad = gradient * threshold
-        l0 = result.counts.sum() / size
+        l0 = result.counts.sum().double() / size
         return result._replace(loss=result.reconstruction_loss + l0_coefficient * l0)
 
     @torch.no_grad()

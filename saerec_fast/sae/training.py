@@ -74,7 +74,7 @@ class SAETrainingConfig:
     l1_warmup_steps: int | None = None
     l0_coefficient: float = 0.1
     bandwidth: float = 0.3
-    initial_threshold: float = 0.3
+    initial_threshold: float = 1.0
     learning_rate: float = 1e-3
     steps: int = 6000
     batch_size: int = 2048
