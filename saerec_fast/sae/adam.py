@@ -22,10 +22,10 @@ class Adam(torch.optim.Optimizer):
 
     Args:
         sae: whose parameters to update; decoder rows of unit norm.
-        further: parameters that are learned beside those of ``sae``.
         lr: learning rate.
         betas: decay of the running means of the gradient and its square.
         eps: added to the denominator.
+        further: parameters that are learned beside those of ``sae``.
 
     Raises:
         ValueError: a value out of range.
@@ -34,11 +34,11 @@ class Adam(torch.optim.Optimizer):
     def __init__(
         self,
         sae: SparseAutoencoder,
-        further: Iterable[nn.Parameter] = (),
-        *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        further: Iterable[nn.Parameter] = (),
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"lr: expected a number >= 0, got {lr}")

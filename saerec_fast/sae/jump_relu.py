@@ -46,17 +46,16 @@ class TrainedThresholds(nn.Module):
 
         Args:
             sae: its own activation is not used.
-            z: ``(B, d_model)`` in normalised units.
+            z: ``(B, d_model)`` in normalised units, at least one row.
             l0_coefficient: weight of ``mean ‖a‖₀``.
         """
         weights, gradients, threshold = plain_weights(sae), gradient_buffers(sae), self.log_threshold.exp()
         window = Window(self.bandwidth, torch.zeros_like(threshold), torch.zeros_like(threshold))
-        # Dense at any density: with the entries below a threshold that are near it, a sparse step is the slower one.
+        # Dense at any density: a sparse step would have to encode what is near a threshold too (docs/design.md).
         result = dense_step(z, weights, threshold, gradients, 0.0, window)
-        size = max(z.shape[0], 1)
-        gradient = -(threshold * window.slope + window.entries * (l0_coefficient / size)) / self.bandwidth
+        gradient = -(threshold * window.slope + window.entries * (l0_coefficient / len(z))) / self.bandwidth
         self.log_threshold.grad = gradient * threshold
-        l0 = result.counts.sum().double() / size
+        l0 = result.counts.sum().double() / len(z)
         return result._replace(loss=result.reconstruction_loss + l0_coefficient * l0)
 
     @torch.no_grad()

@@ -46,8 +46,8 @@ def training_step(sae: SparseAutoencoder, z: Tensor, *, l1_coefficient: float = 
     """Loss ``mean ‖ẑ − z‖² + l1_coefficient · mean ‖a‖₁`` of a batch; its gradients go to ``parameter.grad``.
 
     The gradients are those that autograd gives, to rounding, and replace what ``grad`` holds. Nothing of batch ×
-    dictionary or batch × k × width is held. A sparse step is the same bits for any number of threads; a ReLU of whose
-    features many are active, as early in training, goes through dense products over chunks of rows instead.
+    dictionary or batch × k × width is held. A sparse step is the same bits for any number of threads; a ReLU or
+    JumpReLU of whose features many are active, as early in training, goes through dense products over chunks of rows.
 
     Args:
         sae: any activation; a ``BatchTopK`` selects over the batch. Its normalisation is not applied.

@@ -319,7 +319,7 @@ class _Trainer:
         self.encoder = _trained_encoder(config, device)
         further = dict(self.encoder.named_parameters()) if self.encoder else {}
         self.parameters = {**dict(self.sae.named_parameters()), **further}
-        self.optimizer = Adam(self.sae, further.values(), lr=config.learning_rate)
+        self.optimizer = Adam(self.sae, lr=config.learning_rate, further=further.values())
         self.rows_since_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)
         self.threshold = math.nan
         auxiliary_k = max(store.d_model // 2, 1) if config.auxiliary_k is None else config.auxiliary_k
