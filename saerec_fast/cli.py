@@ -151,10 +151,11 @@ def sae(
     run: RunFolder = Path("runs/demo"),
     site: Annotated[str, typer.Option(help="embedding, block.0, mlp.0, …, last.")] = "block.0",
     users: Annotated[str, typer.Option(help="train_sae, or non_test for small data.")] = "train_sae",
-    activation: Annotated[str, typer.Option(help="relu, topk or batch_topk.")] = "relu",
+    activation: Annotated[str, typer.Option(help="relu, topk, batch_topk, jump_relu or gated.")] = "relu",
     features: Annotated[int, typer.Option(help="Size of the dictionary.")] = 1024,
     k: Annotated[int, typer.Option(help="Active features per row (topk, batch_topk).")] = 32,
-    l1: Annotated[float, typer.Option(help="Weight of the L1 penalty (relu).")] = 0.5,
+    l1: Annotated[float, typer.Option(help="Weight of the L1 penalty (relu, gated).")] = 0.5,
+    l0: Annotated[float, typer.Option(help="Weight of the L0 penalty (jump_relu).")] = 0.1,
     steps: int = 6000,
     batch_size: int = 2048,
     seed: int = 0,
@@ -164,21 +165,19 @@ def sae(
     from saerec_fast.pipeline import ActivationSettings
     from saerec_fast.sae import SAETrainingConfig
 
+    config = SAETrainingConfig(
+        n_features=features,
+        activation=activation,  # type: ignore[arg-type]
+        k=k,
+        l1_coefficient=l1,
+        l0_coefficient=l0,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+    )
     study = _run(run, quiet)
     study.collect_activations(ActivationSettings(site, users))
-    if activation not in ("relu", "topk", "batch_topk"):
-        raise ValueError(f"activation: expected relu, topk or batch_topk, got {activation!r}")
-    result = study.train_sae(
-        SAETrainingConfig(
-            n_features=features,
-            activation=activation,  # type: ignore[arg-type]
-            k=k,
-            l1_coefficient=l1,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-        )
-    )
+    result = study.train_sae(config)
     original = study.result("recommender")["transformer"]["ndcg@10"]
     table = Table(show_header=False, title="SAE on test users")
     table.add_row("explained variance", f"{result['explained_variance']:.3f}")

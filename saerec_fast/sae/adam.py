@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from saerec_fast.sae.model import SparseAutoencoder
 from saerec_fast.training_ops import adam_step
@@ -24,6 +25,7 @@ class Adam(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay of the running means of the gradient and its square.
         eps: added to the denominator.
+        further: parameters that are learned beside those of ``sae``.
 
     Raises:
         ValueError: a value out of range.
@@ -35,6 +37,8 @@ class Adam(torch.optim.Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        further: Iterable[nn.Parameter] = (),
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"lr: expected a number >= 0, got {lr}")
@@ -43,7 +47,7 @@ class Adam(torch.optim.Optimizer):
         if not eps >= 0:
             raise ValueError(f"eps: expected a number >= 0, got {eps}")
         self._unit_rows = sae.W_dec
-        super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__([*sae.parameters(), *further], {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from saerec_fast.files import atomic_path, read_json, read_tensors, write_json, write_tensors
+from saerec_fast.sae.gated import fold_gate
 from saerec_fast.sae.model import SparseAutoencoder
 from saerec_fast.types import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saerec_fast.validation import FLOAT_DTYPES
@@ -211,9 +212,7 @@ def _read_saelens(folder: Path, scaling_factor: float | None) -> _Checkpoint:
 
     activation: Activation = ReLU()
     if architecture == "gated":
-        W_enc, b_enc, threshold = _gate_as_threshold(
-            tensors["W_enc"].T, tensors["b_gate"], tensors["r_mag"], tensors["b_mag"]
-        )
+        W_enc, b_enc, threshold = fold_gate(tensors["W_enc"].T, tensors["b_gate"], tensors["r_mag"], tensors["b_mag"])
         activation = _jump_relu(threshold)
     else:
         W_enc, b_enc = tensors["W_enc"].T, tensors["b_enc"]
@@ -455,7 +454,7 @@ def _checked_dictionary(path: Path, kind: str, tensors: Mapping[str, Tensor]) ->
 def _dictionary_weights(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> tuple[_Weights, ReLU | JumpReLU]:
     """Weights, and the activation of the classes without a ``k``."""
     if kind == "GatedAutoEncoder":
-        W_enc, b_enc, threshold = _gate_as_threshold(
+        W_enc, b_enc, threshold = fold_gate(
             tensors["encoder.weight"], tensors["gate_bias"], tensors["r_mag"], tensors["mag_bias"]
         )
         return _Weights(W_enc, b_enc, tensors["decoder.weight"].T, tensors["decoder_bias"]), _jump_relu(threshold)
@@ -581,14 +580,6 @@ def _scale_inputs(weights: _Weights, scale: float) -> _Weights:
     wide = torch.promote_types(weights.W_enc.dtype, torch.float32)
     W_enc, b_enc, W_dec, b_dec = (part.to(wide) for part in weights)
     return _Weights(W_enc * scale, b_enc, W_dec / scale, b_dec / scale)
-
-
-def _gate_as_threshold(W_enc: Tensor, gate: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Encoder, bias and threshold of the JumpReLU that equals a gated encoder."""
-    wide = torch.promote_types(W_enc.dtype, torch.float32)
-    scale = log_scale.double().exp()
-    threshold = bias.double() - scale * gate.double()
-    return W_enc * scale.to(wide).unsqueeze(1), bias.to(wide), threshold.to(wide)
 
 
 def _jump_relu(threshold: Tensor) -> JumpReLU:

@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saerec_fast.api import decode_sparse, encode_topk
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
 from saerec_fast.sae.activation_store import ActivationStore, Batch
 from saerec_fast.sae.adam import Adam
+from saerec_fast.sae.gated import Gate
+from saerec_fast.sae.jump_relu import TrainedThresholds
 from saerec_fast.sae.model import SparseAutoencoder
 from saerec_fast.sae.step import training_step
 from saerec_fast.types import Activation, BatchTopK, ReLU, TopK
 
-ActivationKind = Literal["relu", "topk", "batch_topk"]
+ActivationKind = Literal["relu", "topk", "batch_topk", "jump_relu", "gated"]
 
 FIRED_THRESHOLDS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0)
 
 _LOG = "training.json"
 _CHECKPOINT = "checkpoint.safetensors"
 _CHECKPOINT_CONFIG = "checkpoint.json"
-_PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+# Left out of the settings of other kinds, so that runs of those from before these existed can be taken up again.
+_JUMP_RELU_FIELDS = ("l0_coefficient", "bandwidth", "initial_threshold")
 _DECAY_SHARE = 0.2
 _THRESHOLD_MEMORY = 0.95
 
@@ -41,15 +44,20 @@ class SAETrainingConfig:
 
     Attributes:
         n_features: size of the dictionary.
-        activation: ``relu`` (with an L1 penalty), ``topk`` or ``batch_topk``.
-        k: active features per row; not used by ``relu``.
-        l1_coefficient: weight of ``mean ‖a‖₁``; ``relu`` only.
-        l1_warmup_steps: steps over which that weight grows linearly from 0; default a tenth of ``steps``.
+        activation: ``relu`` (with an L1 penalty), ``topk``, ``batch_topk``, ``jump_relu`` (with an L0 penalty) or
+            ``gated`` (with an L1 penalty on its gate).
+        k: active features per row; ``topk`` and ``batch_topk`` only.
+        l1_coefficient: weight of ``mean ‖a‖₁`` (``relu``) or ``mean ‖ReLU(gate)‖₁`` (``gated``).
+        l1_warmup_steps: steps over which the weight of the penalty, L1 or L0, grows linearly from 0; default a tenth
+            of ``steps``.
+        l0_coefficient: weight of ``mean ‖a‖₀``; ``jump_relu`` only.
+        bandwidth: width of the window around a threshold whose pre-activations move it; ``jump_relu`` only.
+        initial_threshold: of every feature; ``jump_relu`` only.
         learning_rate: of Adam; constant, then falling linearly to 0 over the last fifth of the steps.
         steps: optimiser steps.
         batch_size: rows a step; the whole store where that is smaller.
         auxiliary_k: dead features that reconstruct the error of a row; default half of ``d_model``. 0 switches the
-            auxiliary loss off. Not used by ``relu``.
+            auxiliary loss off. ``topk`` and ``batch_topk`` only.
         auxiliary_coefficient: weight of the auxiliary loss.
         dead_after: rows without firing after which a feature counts as dead.
         normalize: subtract the store's scalar mean and divide by its scalar standard deviation.
@@ -64,6 +72,9 @@ class SAETrainingConfig:
     k: int = 32
     l1_coefficient: float = 0.5
     l1_warmup_steps: int | None = None
+    l0_coefficient: float = 0.1
+    bandwidth: float = 0.3
+    initial_threshold: float = 1.0
     learning_rate: float = 1e-3
     steps: int = 6000
     batch_size: int = 2048
@@ -89,24 +100,31 @@ class SAETrainingConfig:
         for name in ("l1_warmup_steps", "auxiliary_k"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 0)
-        for name in ("l1_coefficient", "auxiliary_coefficient", "learning_rate"):
+        for name in ("l1_coefficient", "l0_coefficient", "auxiliary_coefficient", "learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-        if self.activation != "relu" and self.k > self.n_features:
+        for name in ("bandwidth", "initial_threshold"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+        if self.activation in ("topk", "batch_topk") and self.k > self.n_features:
             raise ValueError(f"k: expected at most {self.n_features} (n_features), got {self.k}")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step (from 0)."""
         return self.learning_rate * min(1.0, (self.steps - step) / (_DECAY_SHARE * self.steps))
 
-    def l1_at(self, step: int) -> float:
-        """The weight of the L1 penalty at a step (from 0)."""
+    def penalty_at(self, step: int) -> float:
+        """The weight of the penalty, L1 or L0, at a step (from 0); 0 where there is none."""
         warmup = self.steps // 10 if self.l1_warmup_steps is None else self.l1_warmup_steps
-        return self.l1_coefficient * (min(1.0, step / warmup) if warmup else 1.0)
+        weights = {"relu": self.l1_coefficient, "gated": self.l1_coefficient, "jump_relu": self.l0_coefficient}
+        return weights.get(self.activation, 0.0) * (min(1.0, step / warmup) if warmup else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """A json-ready description; what only ``jump_relu`` has is missing from those of other kinds."""
+        unused = () if self.activation == "jump_relu" else _JUMP_RELU_FIELDS
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SAETrainingConfig:
@@ -139,6 +157,9 @@ def train_sae(
     ‖a‖₁``. ``topk`` and ``batch_topk``: ``mean ‖r‖² + auxiliary_coefficient · mean ‖r + ê‖²``, where ``ê``
     reconstructs the error ``−r`` from the ``auxiliary_k`` largest dead features of a row (Gao et al., arXiv 2406.04093,
     section A.2).
+    ``jump_relu`` learns a threshold per feature (:class:`~saerec_fast.sae.jump_relu.TrainedThresholds`), ``gated`` a
+    gate (:class:`~saerec_fast.sae.gated.Gate`), which is folded into weights and thresholds in the end: of both comes
+    an SAE with a ``JumpReLU``.
     Decoder rows have unit norm after every step. ``batch_topk`` (Bussmann et al., arXiv 2412.06410) selects the exact
     ``k · B`` largest activations of a batch; its threshold at inference is the running mean of the smallest
     one selected.
@@ -295,11 +316,14 @@ class _Trainer:
         self.sae.init_from(store, normalize=config.normalize)
         self.sae.to(device).train()
         self.mean, self.std = float(self.sae.mean), float(self.sae.std)
-        self.optimizer = Adam(self.sae, lr=config.learning_rate)
+        self.encoder = _trained_encoder(config, device)
+        further = dict(self.encoder.named_parameters()) if self.encoder else {}
+        self.parameters = {**dict(self.sae.named_parameters()), **further}
+        self.optimizer = Adam(self.sae, lr=config.learning_rate, further=further.values())
         self.rows_since_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)
         self.threshold = math.nan
         auxiliary_k = max(store.d_model // 2, 1) if config.auxiliary_k is None else config.auxiliary_k
-        self.auxiliary_k = 0 if config.activation == "relu" else auxiliary_k
+        self.auxiliary_k = auxiliary_k if config.activation in ("topk", "batch_topk") else 0
 
     def rows(self) -> Iterator[Tensor]:
         """The remaining steps' rows ``(B, d)``, each epoch in an order of its own."""
@@ -317,8 +341,11 @@ class _Trainer:
         z = hidden.to(self.device)
         if config.normalize:
             z.sub_(self.mean).mul_(1 / self.std)
-        l1 = config.l1_at(self.step) if config.activation == "relu" else 0.0
-        result = training_step(self.sae, z, l1_coefficient=l1)
+        penalty = config.penalty_at(self.step)
+        if self.encoder is None:
+            result = training_step(self.sae, z, l1_coefficient=penalty)
+        else:
+            result = self.encoder.training_step(self.sae, z, penalty)
         if config.activation == "batch_topk" and result.features is not None:
             self._follow_threshold(result.features.values)
         dead = (self.rows_since_fired > config.dead_after).nonzero().squeeze(1)
@@ -333,7 +360,7 @@ class _Trainer:
         if not logging:
             return None
         reconstruction = float(result.reconstruction_loss)
-        loss = reconstruction + l1 * float(result.l1) + float(auxiliary)
+        loss = float(result.loss) + float(auxiliary)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.step}: the loss is {loss}; a smaller learning rate may help")
         variance = float((z - z.mean(0)).square_().sum())
@@ -378,15 +405,17 @@ class _Trainer:
         """The trained SAE with its activation for inference."""
         threshold = None if math.isnan(self.threshold) else self.threshold
         self.sae.activation = _activation(self.config, threshold)
+        if self.encoder is not None:
+            self.encoder.finish(self.sae)
         for parameter in self.sae.parameters():
             parameter.grad = None
         return self.sae.eval()
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, atomically."""
-        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for name in _PARAMETERS:
-            for key, value in self.optimizer.state[getattr(self.sae, name)].items():
+        tensors = self._state()
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
         tensors["rows_since_fired"] = self.rows_since_fired
         tensors["step"] = torch.tensor(self.step)
@@ -400,10 +429,9 @@ class _Trainer:
             ValueError: truncated, corrupt, or tensors of another run.
         """
         tensors = read_tensors(path)
-        expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
-        for name in _PARAMETERS:
-            shape = getattr(self.sae, name).shape
-            expected |= {f"adam.{name}.exp_avg": shape, f"adam.{name}.exp_avg_sq": shape}
+        expected = {name: tensor.shape for name, tensor in self._state().items()}
+        for name, parameter in self.parameters.items():
+            expected |= {f"adam.{name}.exp_avg": parameter.shape, f"adam.{name}.exp_avg_sq": parameter.shape}
             expected[f"adam.{name}.step"] = torch.Size()
         expected |= {
             "rows_since_fired": self.rows_since_fired.shape,
@@ -414,10 +442,11 @@ class _Trainer:
         if found != expected:
             differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             raise ValueError(f"{path}: missing, unknown or of another shape: {', '.join(differing)}")
-        self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
-        for name in _PARAMETERS:
+        for prefix, module in self._modules():
+            module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
+        for name, parameter in self.parameters.items():
             # Copies: a file's tensors may lie at any address, and results may depend on alignment.
-            self.optimizer.state[getattr(self.sae, name)] = {
+            self.optimizer.state[parameter] = {
                 key: tensors[f"adam.{name}.{key}"].to(self.device, copy=True)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
@@ -425,11 +454,30 @@ class _Trainer:
         self.step = int(tensors["step"])
         self.threshold = float(tensors["threshold"])
 
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        return [("sae", self.sae), *([] if self.encoder is None else [("encoder", self.encoder)])]
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self._modules()
+            for name, tensor in module.state_dict().items()
+        }
+
 
 def _activation(config: SAETrainingConfig, threshold: float | None) -> Activation:
-    if config.activation == "relu":
-        return ReLU()
-    return TopK(config.k) if config.activation == "topk" else BatchTopK(config.k, threshold)
+    if config.activation == "topk":
+        return TopK(config.k)
+    return BatchTopK(config.k, threshold) if config.activation == "batch_topk" else ReLU()
+
+
+def _trained_encoder(config: SAETrainingConfig, device: torch.device) -> TrainedThresholds | Gate | None:
+    """What is learned beside the parameters of the autoencoder."""
+    if config.activation == "jump_relu":
+        return TrainedThresholds(
+            config.n_features, initial=config.initial_threshold, bandwidth=config.bandwidth, device=device
+        )
+    return Gate(config.n_features, device=device) if config.activation == "gated" else None
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from saerec_fast.sae import (
     training_step,
 )
 from saerec_fast.sae import training as training_module
+from saerec_fast.sae.model import activation_to_dict
 from saerec_fast.types import BatchTopK, JumpReLU, ReLU, TopK
 
 D_MODEL, N_PLANTED, N_ROWS = 16, 24, 12_000
-KINDS = ["relu", "topk", "batch_topk"]
+KINDS = ["relu", "topk", "batch_topk", "jump_relu", "gated"]
 
 
 def planted(n_rows, seed):
@@ -51,7 +53,8 @@ def config_of(kind, **changes):
         "n_features": 48,
         "activation": kind,
         "k": 3,
-        "l1_coefficient": 1.0,
+        "l1_coefficient": 3.0 if kind == "gated" else 1.0,
+        "l0_coefficient": 0.5,
         "learning_rate": 1e-2,
         "steps": 400,
         "batch_size": 512,
@@ -97,7 +100,7 @@ def test_finished_run_is_loaded(store, trained, kind):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "sae.safetensors", "training.json"]
     again = train_sae(store, config_of(kind), folder, on_log=lambda point: pytest.fail("trained again"))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in sae.state_dict().items())
-    assert again.activation == sae.activation
+    assert activation_to_dict(again.activation) == activation_to_dict(sae.activation)
     with pytest.raises(ValueError, match="differs in seed, steps"):
         train_sae(store, config_of(kind, steps=401, seed=1), folder)
 
@@ -128,7 +131,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(store, tmp_path, kind)
     assert resumed_steps == [40, 45, 50, 55, 60]
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, got.state_dict()[name]), name
-    assert got.activation == expected.activation
+    assert activation_to_dict(got.activation) == activation_to_dict(expected.activation)
     for file in ("training.json", "config.json", "sae.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
@@ -173,7 +176,7 @@ def reference_curve(store, config, steps):
         residual = a @ sae.W_dec + sae.b_dec - z
         loss = residual.square().sum(1).mean()
         if config.activation == "relu":
-            loss = loss + config.l1_at(step) * a.sum(1).mean()
+            loss = loss + config.penalty_at(step) * a.sum(1).mean()
         elif len(dead) > 0:
             scores = reference.pre_activations(z, sae.W_enc[dead], sae.b_enc[dead], sae.b_dec.detach())
             error = reference.activate(scores, TopK(min(trainer.auxiliary_k, len(dead)))) @ sae.W_dec[dead]
@@ -190,7 +193,7 @@ def reference_curve(store, config, steps):
     return losses, int(len(dead) > 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["relu", "topk", "batch_topk"])
 def test_losses_are_those_of_plain_pytorch(store, kind):
     # dead_after is so short that the auxiliary loss takes part.
     config = config_of(kind, steps=120, batch_size=256, dead_after=600, learning_rate=3e-3, k=2)
@@ -252,17 +255,21 @@ def test_auxiliary_loss_is_the_error_rebuilt_by_dead_features(store):
     assert torch.equal(sae.b_dec.grad, before["b_dec"])
 
 
-def test_l1_warms_up_and_the_learning_rate_decays():
-    config = config_of("relu", steps=100, l1_warmup_steps=10, learning_rate=1.0)
-    assert [config.l1_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0, 0.5, 1, 1])
+@pytest.mark.parametrize(("kind", "weight"), [("relu", 1.0), ("gated", 3.0), ("jump_relu", 0.5), ("topk", 0.0)])
+def test_the_penalty_warms_up_and_the_learning_rate_decays(kind, weight):
+    config = config_of(kind, steps=100, l1_warmup_steps=10, learning_rate=1.0)
+    assert [config.penalty_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0, weight / 2, weight, weight])
     assert [config.learning_rate_at(step) for step in (0, 80, 90, 99)] == pytest.approx([1, 1, 0.5, 0.05])
-    assert config_of("relu", steps=100).l1_at(5) == pytest.approx(0.5)
-    assert config_of("relu", l1_warmup_steps=0).l1_at(0) == 1
+    assert config_of(kind, steps=100).penalty_at(5) == pytest.approx(weight / 2)
+    assert config_of(kind, l1_warmup_steps=0).penalty_at(0) == weight
 
 
-def test_more_l1_means_fewer_active_features(store, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "coefficient"), [("relu", "l1_coefficient"), ("jump_relu", "l0_coefficient"), ("gated", "l1_coefficient")]
+)
+def test_a_larger_penalty_means_fewer_active_features(store, tmp_path, kind, coefficient):
     sparse, dense = (
-        train_sae(store, config_of("relu", steps=100, l1_coefficient=weight), tmp_path / name, progress=False)
+        train_sae(store, config_of(kind, steps=100, **{coefficient: weight}), tmp_path / name, progress=False)
         for name, weight in (("sparse", 2.0), ("dense", 0.01))
     )
     rows = [planted(1000, 3)[1]]
@@ -283,7 +290,10 @@ def test_a_loss_that_is_not_finite_is_an_error(store, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "gelu"}, "activation: expected one of relu, topk, batch_topk"),
+        ({"activation": "gelu"}, "activation: expected one of relu, topk, batch_topk, jump_relu, gated"),
+        ({"l0_coefficient": -0.1}, "l0_coefficient: expected a finite number >= 0"),
+        ({"bandwidth": 0.0}, "bandwidth: expected a finite number > 0"),
+        ({"initial_threshold": float("inf")}, "initial_threshold: expected a finite number > 0"),
         ({"steps": 0}, "steps: expected an integer >= 1"),
         ({"k": 1.5}, "k: expected an integer"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a finite number"),
@@ -296,9 +306,16 @@ def test_config_refuses_values_out_of_range(change, message):
         config_of("relu", **change)
 
 
-def test_config_roundtrip():
-    config = config_of("topk")
-    assert SAETrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_roundtrip(kind):
+    config = config_of(kind)
+    if kind == "jump_relu":
+        config = replace(config, bandwidth=0.2, initial_threshold=0.7)
+    again = SAETrainingConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert kind != "jump_relu" or again == config
+    # Runs from before there was a jump_relu have settings without these.
+    assert ("bandwidth" in config.to_dict()) == (kind == "jump_relu")
     with pytest.raises(ValueError, match="unknown keys"):
         SAETrainingConfig.from_dict({"surprise": 1})
 
