@@ -63,7 +63,7 @@ class InterpretabilitySettings:
         ica_rows, ica_iterations: of the fit of independent components.
         probe_rows: of the fit of the probes.
         more_seeds: SAEs trained again with the seeds after the run's own.
-        seed_steps: their training steps; None: as many as the run's SAE.
+        seed_steps: their training steps, at most; None: as many as the run's SAE.
         seed: of samples, random directions and expectations.
     """
 
@@ -158,21 +158,8 @@ def _representations(run: Run, settings: InterpretabilitySettings) -> dict[str, 
         add(name, "raw dimensions, " + ("signed" if signed else "absolute"), test, train)
 
     run.say("  fitting principal and independent components and probes")
-    attributes, names = _attributes(run)
     store = _store(run)
-    components = principal_components(store)
-    whitening = components.whitening()
-    independent, converged = independent_components(
-        store, whitening, rows=settings.ica_rows, iterations=settings.ica_iterations, seed=settings.seed
-    )
-    probe = linear_probe(store, whitening, attributes, rows=settings.probe_rows, seed=settings.seed)
-    directions = random_directions(run.sae.n_features, store.column_mean(), seed=settings.seed)
-    maps = {
-        # Neither kind of component has a sign of its own; a random direction is as likely as its opposite.
-        "pca": (components.directions, "principal components", False),
-        "ica": (independent, "independent components" + ("" if converged else " (not converged)"), False),
-        "random": (directions, f"{directions.n_outputs:,} random directions", True),
-    }
+    maps, probe = _linear_maps(run, store, settings)
     total = 2 * len(maps) + 1
     with progress_bar(run.progress, "representations", total) as show:
         for done, (name, (linear, label, signed)) in enumerate(maps.items()):
@@ -186,13 +173,32 @@ def _representations(run: Run, settings: InterpretabilitySettings) -> dict[str, 
         show(total - 1, "linear probe")
         test = _linear_statistics(run, probe, _test_rows(run), signed=True)
         show(total, "")
-    every = np.arange(len(names))
-    own = BestFeatures(tuple(names), every, every, np.ones(len(names)), np.ones(len(names)))
+    every, ones = np.arange(len(test.attribute_names)), np.ones(len(test.attribute_names))
+    own = BestFeatures(test.attribute_names, every, every, ones, ones)
     summary = test.summary(features=own)
     rows.append(_representation("probe", "linear probe (logistic regression)", summary, summary))
     for one in rows[-1]["attributes"]:
         one["feature"] = one["roc_auc_feature"] = None
     return {"representations": rows}
+
+
+def _linear_maps(
+    run: Run, store: ActivationStore, settings: InterpretabilitySettings
+) -> tuple[dict[str, tuple[LinearMap, str, bool]], LinearMap]:
+    """Name → map, label, and whether signs count; and the probe."""
+    components = principal_components(store)
+    whitening = components.whitening()
+    independent, converged = independent_components(
+        store, whitening, rows=settings.ica_rows, iterations=settings.ica_iterations, seed=settings.seed
+    )
+    directions = random_directions(run.sae.n_features, store.column_mean(), seed=settings.seed)
+    # Neither kind of component has a sign of its own; a random direction is as likely as its opposite.
+    maps = {
+        "pca": (components.directions, "principal components", False),
+        "ica": (independent, "independent components" + ("" if converged else " (not converged)"), False),
+        "random": (directions, f"{directions.n_outputs:,} random directions", True),
+    }
+    return maps, linear_probe(store, whitening, _attributes(run)[0], rows=settings.probe_rows, seed=settings.seed)
 
 
 def _dense_rows(linear: LinearMap) -> int:
@@ -248,6 +254,7 @@ def _representation(name: str, label: str, here: Summary, elsewhere: Summary) ->
             }
             for one in here.attributes
         ],
+        "notes": here.notes,
     }
 
 
@@ -424,6 +431,7 @@ def _stability(run: Run, settings: InterpretabilitySettings, folder: Path) -> di
     seeds = [config.seed + 1 + more for more in range(settings.more_seeds)]
     if not seeds:
         return None
+    steps = min(settings.seed_steps or config.steps, config.steps)
     test, train = run.interpretation.statistics["sae"], run.interpretation.statistics["sae_train"]
     living = np.flatnonzero(test.fired_counts)
     dictionary = _directions(run.sae, living)
@@ -431,8 +439,8 @@ def _stability(run: Run, settings: InterpretabilitySettings, folder: Path) -> di
     partners = []
     headline = []
     for seed in seeds:
-        again = replace(config, seed=seed, steps=settings.seed_steps or config.steps)
         run.say(f"  SAE of seed {seed}")
+        again = replace(config, seed=seed, steps=steps)
         sae = train_sae(_store(run), again, folder / f"seed-{seed}", progress=run.progress).eval()
         other = _sae_statistics(run, sae)
         other_living = np.flatnonzero(other.fired_counts)
@@ -472,7 +480,7 @@ def _stability(run: Run, settings: InterpretabilitySettings, folder: Path) -> di
         )
     return {
         "seeds": seeds,
-        "steps": settings.seed_steps or config.steps,
+        "steps": steps,
         "living": len(living),
         **_cosines(found),
         "of_attribute_features": of_attributes,
