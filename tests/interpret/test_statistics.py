@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.stats import pearsonr
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from saerec_fast.interpret import statistics as statistics_module
 from saerec_fast.interpret.statistics import Estimate, FeatureStatistics, FeatureStatisticsResult, ratio
@@ -96,6 +96,18 @@ def test_threshold_moves_what_has_fired():
     np.testing.assert_array_equal(result.fired_counts, fired.sum(0))
     expected = [fired[attributes[items][:, one]].mean(0) for one in range(len(NAMES))]
     np.testing.assert_allclose(result.recall, np.transpose(expected))
+
+
+def test_precision_and_recall_at_a_threshold_that_activations_equal():
+    dense, attributes, items, users = made_up()
+    dense = np.round(dense * 4) / 4
+    assert (dense == 0.5).any()
+    result = compute(dense, attributes, items, users, batches=7, threshold=0.5)
+    for feature in np.flatnonzero(result.fired_counts):
+        for attribute in range(len(NAMES)):
+            label, predicted = attributes[items][:, attribute], dense[:, feature] > 0.5
+            assert result.precision[feature, attribute] == pytest.approx(precision_score(label, predicted))
+            assert result.recall[feature, attribute] == pytest.approx(recall_score(label, predicted))
 
 
 def test_zero_entries_of_topk_encoders_count_as_silent():
