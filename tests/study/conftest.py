@@ -29,13 +29,16 @@ def _one_thread() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the run; copy it (``run``) to write into it."""
     folder = tmp_path_factory.mktemp("study")
-    synthetic_dataset(120, 60, 4, seed=0, mean_length=25).save(folder / "data")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    synthetic_dataset(160, 70, 4, seed=0, mean_length=30).save(folder / "data")
     run = Run(folder / "run", progress=False)
     run.prepare_data(DataSettings(str(folder / "data")))
     run.train_recommender(RECOMMENDER)
     run.collect_activations(ActivationSettings("block.0", "non_test"))
     run.train_sae(SAE)
     run.interpret()
+    torch.set_num_threads(threads)
     return folder / "run"
 
 
