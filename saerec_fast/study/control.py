@@ -1,0 +1,420 @@
+"""Control: how much ranking quality each way of steering keeps, for every attribute, up and down.
+
+After "flexible control" of Klenitskiy et al., arXiv 2507.12202, whose way is the reference: one feature is set to a
+constant at all positions and the hidden state replaced by what is decoded. Methods, features and strengths are chosen on
+users whom the SAE was trained on; all figures are measured on the test users.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saerec_fast.files import read_json, write_json
+from saerec_fast.interpret.control import attribute_share
+from saerec_fast.recommender.training import progress_bar
+from saerec_fast.steering import calibrate
+from saerec_fast.study.control_methods import DOWN, REFERENCE, UP, Method, PlanMaker
+from saerec_fast.study.steered_ranking import SteeredRanking
+from saerec_fast.types import SteeringPlan
+
+if TYPE_CHECKING:
+    from saerec_fast.data import Dataset
+    from saerec_fast.pipeline import Run
+
+
+@dataclass(frozen=True)
+class StudyControlSettings:
+    """The control section of the study.
+
+    Attributes:
+        attributes: which; empty: all whose share of the untouched lists of SAE users is at least ``minimum_share``.
+        minimum_share: between 0 and 1.
+        multiples: of the original share that the curves go through, above 1 and ascending.
+        multiple: of the original share at which methods are compared.
+        largest_share: shares above it are not aimed at. An attribute that would need more at ``multiple`` is named, and
+            left out of the comparison.
+        calibrated_multiples: of the original share that the calibrated plan aims at.
+        share_left: of the original share that suppression aims at.
+        methods: names among :data:`~saerec_fast.study.control_methods.UP` and ``DOWN``; empty: all. The reference
+            is always there.
+        n_several: features that methods with several of them take.
+        ridge: see :class:`~saerec_fast.study.control_methods.PlanMaker`.
+        sample_users: SAE users that strengths are chosen on, at most.
+        test_users: users that are measured, at most.
+        seed: of the users drawn and of the bootstrap.
+    """
+
+    attributes: tuple[str, ...] = ()
+    minimum_share: float = 0.02
+    multiples: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+    multiple: float = 6.0
+    largest_share: float = 0.9
+    calibrated_multiples: tuple[float, ...] = (2.0, 4.0)
+    share_left: float = 0.2
+    methods: tuple[str, ...] = ()
+    n_several: int = 8
+    ridge: float = 0.1
+    sample_users: int = 400
+    test_users: int = 2000
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> StudyControlSettings:
+        """A few methods on a coarse grid."""
+        return cls(
+            multiples=(2.0, 4.0, 8.0),
+            calibrated_multiples=(2.0,),
+            methods=(
+                "set_reconstruct_last",
+                "add_delta_all",
+                "contrastive_last",
+                "even_push_last",
+                "zero_reconstruct_all",
+                "several_zero_all",
+                "subtract_even_push_last",
+            ),
+            sample_users=150,
+            test_users=500,
+        )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One plan, measured: ``ndcg (n_users,)`` per user."""
+
+    strength: float
+    share: float
+    ndcg: np.ndarray
+
+    def as_dict(self) -> dict[str, float]:
+        return {"strength": self.strength, "share": self.share, "ndcg@10": float(self.ndcg.mean())}
+
+
+def measure(run: Run, settings: StudyControlSettings, folder: Path) -> dict[str, Any]:
+    """The section ``control``: curves, methods compared at one share, calibrated plans, suppression.
+
+    Every attribute is kept in ``folder`` once it is done, and reused by a later call with the same settings.
+
+    Args:
+        run: with a finished interpretation.
+        settings: what is measured.
+        folder: of this section.
+
+    Raises:
+        ValueError: an attribute or a method that there is not.
+    """
+    up, down = _chosen(UP, settings.methods), _chosen(DOWN, settings.methods)
+    known = {method.name for method in (*UP, *DOWN)}
+    if unknown := set(settings.methods) - known:
+        raise ValueError(f"methods: expected names among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    sample = _ranking(run, run._sae_users(), settings.sample_users, settings.seed)
+    test = _ranking(run, run.split.test, settings.test_users, settings.seed)
+    maker = PlanMaker(run, sample, n_several=settings.n_several, ridge=settings.ridge)
+    attributes = list(settings.attributes) or _common_attributes(run, maker, settings.minimum_share)
+    identity = json.loads(json.dumps({"settings": asdict(settings), "run": run._digest("interpretation")}))
+    parts = []
+    with progress_bar(run.progress, "control", len(attributes)) as show:
+        for done, attribute in enumerate(attributes):
+            show(done, attribute)
+            path = folder / f"attribute-{run.split.test.item_table.attribute_names.index(attribute)}.json"
+            if not path.exists() or read_json(path)["identity"] != identity:
+                experiment = _Experiment(maker, sample, test, attribute, settings)
+                write_json(path, {"identity": identity, "part": experiment.run(up, down)})
+            parts.append(read_json(path)["part"])
+            show(done + 1, attribute)
+    return _assemble(parts, up, down, settings)
+
+
+class _Experiment:
+    """All that is measured of one attribute."""
+
+    def __init__(
+        self,
+        maker: PlanMaker,
+        sample: SteeredRanking,
+        test: SteeredRanking,
+        attribute: str,
+        settings: StudyControlSettings,
+    ) -> None:
+        self.maker, self.sample, self.test = maker, sample, test
+        self.attribute, self.settings = attribute, settings
+        self.has_attribute = maker.has_attribute(attribute)
+        self.untouched = self._measured(SteeringPlan(), 0.0)
+        self.sample_share = self._sample_share(SteeringPlan())
+
+    def run(self, up: Sequence[Method], down: Sequence[Method]) -> dict[str, Any]:
+        """Plain JSON, with the NDCG of every user where the comparison needs it."""
+        curves, per_user = [], {}
+        for method in up:
+            points = self._curve(method)
+            curves.append({"attribute": self.attribute, "method": method.name, "points": [p.as_dict() for p in points]})
+            at_share = ndcg_at_share([self.untouched, *points], self.settings.multiple * self.untouched.share)
+            per_user[method.name] = None if at_share is None else at_share.tolist()
+        return {
+            "attribute": self.attribute,
+            "share": self.untouched.share,
+            "ndcg": self.untouched.ndcg.tolist(),
+            "curves": curves,
+            "at_share": per_user,
+            "calibrated": [one for method in up for one in self._calibrated(method)],
+            "suppression": [self._suppressed(method) for method in down],
+        }
+
+    def _curve(self, method: Method) -> list[_Point]:
+        plan = self.maker.plan(method, self.attribute)
+        wanted = [
+            multiple * self.sample_share
+            for multiple in self.settings.multiples
+            if multiple * self.sample_share <= self.settings.largest_share
+        ]
+        # One point beyond what is aimed at, so that the share on the test users lies between two points.
+        wanted.append(min(1.1 * wanted[-1], 0.5 * (1 + wanted[-1])) if wanted else self.settings.largest_share)
+        strengths = strengths_for(wanted, self.sample_share, lambda strength: self._sample_share(plan.scaled(strength)))
+        return [self._measured(plan.scaled(strength), strength) for strength in strengths]
+
+    def _calibrated(self, method: Method) -> list[dict[str, Any]]:
+        """The plan calibrated on the sample and measured on the test users."""
+        if method.name not in CALIBRATED:
+            return []
+        found = []
+        for multiple in self.settings.calibrated_multiples:
+            target = multiple * self.sample_share
+            if target > self.settings.largest_share:
+                continue
+            try:
+                calibration = calibrate(self.maker.plan(method, self.attribute), target, self._sample_share)
+            except ValueError:  # no strength reaches the share; the curve shows how far the method gets
+                continue
+            point = self._measured(calibration.plan, calibration.factor)
+            found.append(
+                {
+                    "attribute": self.attribute,
+                    "method": method.name,
+                    "target": target,
+                    "share_on_sample": calibration.share,
+                    **point.as_dict(),
+                }
+            )
+        return found
+
+    def _suppressed(self, method: Method) -> dict[str, Any]:
+        """The plan that leaves ``share_left`` on the sample, or as near to it as the method gets."""
+        plan = self.maker.plan(method, self.attribute)
+        strengths = [1.0]
+        if method.op == "add":
+            wanted = [left * self.sample_share for left in (0.75, 0.5, 0.25)] + [
+                self.settings.share_left * self.sample_share
+            ]
+            strengths = strengths_for(
+                wanted, self.sample_share, lambda strength: self._sample_share(plan.scaled(strength))
+            )
+        points = [self._measured(plan.scaled(strength), strength) for strength in strengths]
+        kept = [suppression(point.share, point.ndcg, self.untouched.share, self.untouched.ndcg) for point in points]
+        return {
+            "attribute": self.attribute,
+            "method": method.name,
+            **kept[-1],
+            "points": [{**point.as_dict(), **figures} for point, figures in zip(points, kept, strict=True)],
+        }
+
+    def _measured(self, plan: SteeringPlan, strength: float) -> _Point:
+        metrics = self.test.metrics(plan)
+        return _Point(float(strength), attribute_share(metrics, self.has_attribute), metrics.ndcg)
+
+    def _sample_share(self, plan: SteeringPlan) -> float:
+        return attribute_share(self.sample.metrics(plan), self.has_attribute)
+
+
+CALIBRATED = (REFERENCE, "contrastive_last", "even_push_last")
+"""Methods whose calibration is shown."""
+
+
+def strengths_for(
+    wanted: Sequence[float],
+    start: float,
+    share_at: Callable[[float], float],
+    *,
+    first: float = 0.0625,
+    growth: float = 1.6,
+    largest: float = 64.0,
+) -> list[float]:
+    """Strengths at which a share, rising or falling from ``start``, passes each of ``wanted`` for the first time.
+
+    The strength grows until the last wanted share is passed; between what was measured, linear. Where it is never
+    passed, shares that were not reached have no strength of their own, and the one that came nearest to the last stands
+    for them.
+
+    Args:
+        wanted: shares, ever further from ``start``.
+        start: the share at strength 0.
+        share_at: measures the share at a strength.
+        first, growth, largest: the strengths tried.
+
+    Returns:
+        Ascending, distinct, at least one.
+    """
+    direction = 1.0 if wanted[-1] > start else -1.0
+    strengths, gains = [0.0], [0.0]
+    strength = first
+    while strength <= largest and gains[-1] < direction * (wanted[-1] - start):
+        strengths.append(strength)
+        gains.append(direction * (share_at(strength) - start))
+        strength *= growth
+    found = {crossing(strengths, gains, direction * (share - start)) for share in wanted}
+    if None in found:
+        found.add(strengths[int(np.argmax(gains))])
+    return sorted(one for one in found if one) or [first]
+
+
+def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
+    """Where ``y`` over ``x`` first rises through ``level``, linear in between; ``None`` where it never does."""
+    for i in range(len(y) - 1):
+        if y[i] < level <= y[i + 1]:
+            return float(x[i] + (x[i + 1] - x[i]) * (level - y[i]) / (y[i + 1] - y[i]))
+    return None
+
+
+def ndcg_at_share(points: Sequence[_Point], share: float) -> np.ndarray | None:
+    """NDCG of every user where the share first rises to ``share``; ``points`` by ascending strength."""
+    place = crossing(list(range(len(points))), [point.share for point in points], share)
+    if place is None:
+        return None
+    before = min(int(place), len(points) - 2)
+    weight = place - before
+    found: np.ndarray = (1 - weight) * points[before].ndcg + weight * points[before + 1].ndcg
+    return found
+
+
+def suppression(share: float, ndcg: np.ndarray, untouched_share: float, untouched_ndcg: np.ndarray) -> dict[str, float]:
+    """What is left of the share, and of NDCG."""
+    return {
+        "share_left": share / untouched_share if untouched_share else 0.0,
+        "ndcg_kept": _ratio(ndcg.mean(), untouched_ndcg.mean()),
+    }
+
+
+def _chosen(methods: Sequence[Method], names: Sequence[str]) -> list[Method]:
+    return [method for method in methods if not names or method.name in names or method.name == REFERENCE]
+
+
+def _ranking(run: Run, dataset: Dataset, n_users: int, seed: int) -> SteeredRanking:
+    """Of at most so many users, drawn among those who have a target."""
+    users = np.flatnonzero(np.diff(dataset.offsets) >= 2)
+    if len(users) > n_users:
+        users = np.sort(np.random.default_rng(seed).choice(users, n_users, replace=False))
+    return SteeredRanking(run.model, dataset.select_users(users), run.sae, run.site, popularity=run.popularity)
+
+
+def _common_attributes(run: Run, maker: PlanMaker, minimum_share: float) -> list[str]:
+    """Attributes with enough of a share in the untouched lists of the sample, most common first."""
+    metrics = maker.sample.metrics(SteeringPlan())
+    shares = {name: attribute_share(metrics, maker.has_attribute(name)) for name in run.result("data")["attributes"]}
+    return sorted((name for name, share in shares.items() if share >= minimum_share), key=lambda name: -shares[name])
+
+
+def _assemble(
+    parts: Sequence[dict[str, Any]], up: Sequence[Method], down: Sequence[Method], settings: StudyControlSettings
+) -> dict[str, Any]:
+    suppressed = [one for part in parts for one in part["suppression"]]
+    return {
+        "attributes": [part["attribute"] for part in parts],
+        "baseline": {
+            part["attribute"]: {"share": part["share"], "ndcg@10": float(np.mean(part["ndcg"]))} for part in parts
+        },
+        "methods": [method.as_dict() for method in (*up, *down)],
+        "curves": [curve for part in parts for curve in part["curves"]],
+        "at_share": compare_at_share(parts, [method.name for method in up], settings),
+        "calibrated": [one for part in parts for one in part["calibrated"]],
+        "suppression": suppressed,
+        "suppression_summary": [
+            {
+                "method": method.name,
+                "share_left": _mean([one["share_left"] for one in suppressed if one["method"] == method.name]),
+                "ndcg_kept": _mean([one["ndcg_kept"] for one in suppressed if one["method"] == method.name]),
+                "attributes": sum(one["method"] == method.name for one in suppressed),
+            }
+            for method in down
+        ],
+    }
+
+
+def compare_at_share(
+    parts: Sequence[dict[str, Any]], methods: Sequence[str], settings: StudyControlSettings, *, n_resamples: int = 1000
+) -> dict[str, Any]:
+    """NDCG kept at a multiple of the original share: its mean over attributes, with an interval over users.
+
+    Users are drawn with replacement, the same ones for every attribute and method; the strengths stay as they are.
+    A method is compared with the reference over the attributes in which both reach the share.
+
+    Args:
+        parts: ``attribute``, ``share``, ``ndcg`` (per user) and ``at_share`` (per method and user, or ``None``).
+        methods: names.
+        settings: ``multiple`` and ``largest_share``.
+        n_resamples: of the bootstrap (percentile, 95 %).
+    """
+    compared = [part for part in parts if settings.multiple * part["share"] <= settings.largest_share]
+    draws = np.random.default_rng(settings.seed)
+    n_users = len(parts[0]["ndcg"]) if parts else 0
+    # How often each user was drawn: a resampled mean is then a product. The first row is the users as they are.
+    counts = np.ones((1 + n_resamples, n_users))
+    if n_users:
+        counts[1:] = draws.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_resamples)
+    kept: dict[str, dict[str, np.ndarray]] = {method: {} for method in methods}
+    for part in compared:
+        untouched = counts @ np.asarray(part["ndcg"])
+        for method in methods:
+            if part["at_share"][method] is not None and untouched[0] > 0:
+                kept[method][part["attribute"]] = counts @ np.asarray(part["at_share"][method]) / untouched
+    rows = []
+    for method in methods:
+        both = [name for name in kept[method] if name in kept[REFERENCE]]
+        relative: np.ndarray | None = None
+        if both:
+            relative = _over(kept[method], both) / _over(kept[REFERENCE], both)
+        rows.append(
+            {
+                "method": method,
+                "ndcg_kept": _interval(_over(kept[method], list(kept[method])) if kept[method] else None),
+                "relative_to_reference": _interval(relative)[0],
+                "relative_interval": _interval(relative),
+                "attributes": {
+                    part["attribute"]: float(kept[method][part["attribute"]][0])
+                    if part["attribute"] in kept[method]
+                    else None
+                    for part in compared
+                },
+            }
+        )
+    return {
+        "multiple": settings.multiple,
+        "reference": REFERENCE,
+        "methods": rows,
+        "left_out": [part["attribute"] for part in parts if part not in compared],
+    }
+
+
+def _over(kept: dict[str, np.ndarray], attributes: Sequence[str]) -> np.ndarray:
+    mean: np.ndarray = np.mean([kept[name] for name in attributes], axis=0)
+    return mean
+
+
+def _interval(values: np.ndarray | None) -> list[float | None]:
+    """The first value, and the middle 95 % of the others."""
+    if values is None or not np.isfinite(values).all():
+        return [None if values is None or not np.isfinite(values[0]) else float(values[0]), None, None]
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return [float(values[0]), float(low), float(high)]
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else 0.0
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
