@@ -546,10 +546,14 @@ class FeatureStatistics:
     def _sorted_entries(self) -> _Entries:
         _, counts, items, groups, indices, values = self._kept[0]
         rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        # One integer that sorts as (feature, value): the bits of a float sort as integers once negatives are flipped.
-        bits = values.view(np.int32).astype(np.int64)
-        ordered = np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF)) + (1 << 31)
-        order = np.argsort((indices.astype(np.int64) << 32) | ordered)
+        # One integer that sorts as (feature, value): the bits of a float sort as integers once those of negatives are
+        # flipped. In place, since the kept entries may be a gigabyte.
+        bits = values.view(np.int32)
+        keys = indices.astype(np.int64)
+        keys <<= 32
+        keys += bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = np.argsort(keys)
+        del keys
         starts = np.concatenate([[0], np.cumsum(np.bincount(indices, minlength=self.n_features))])
         return _Entries(starts.astype(np.int64), rows[order], values[order], items, groups)
 
