@@ -1,4 +1,4 @@
-"""Interactions as many as wanted, in the layout of GroupLens: ``ratings.csv`` and ``movies.csv``, of the shape of ML-20M.
+"""Interactions as many as wanted, of the shape of ML-20M, in its layout: ``ratings.csv`` and ``movies.csv``.
 
 Users are made a block at a time by :func:`saerec_fast.data.synthetic_dataset` over one catalogue, so that memory does
 not grow with the data. Equal arguments give equal files.
