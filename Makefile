@@ -27,7 +27,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo bench bench-quick bench-steering cuda gpu gpu-build gpu-test gpu-sanitize lint format
+.PHONY: help setup test demo bench bench-quick bench-steering bench-memory cuda gpu gpu-build gpu-test gpu-sanitize lint format
 .PHONY: sanitize sanitize-thread symbols wheel clean
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make bench      set up .venv-bench, time the ops beside other libraries (ARGS="-k topk" to choose), some 45 minutes'
 	@echo 'make bench-quick   the same for a few sizes, 5 minutes'
 	@echo 'make bench-steering   time what steering adds to a recommender, and the predictor, some 6 minutes'
+	@echo 'make bench-memory   peak memory of the steps on 20 million generated interactions, some 20 minutes, 3 GB of disk'
 	@echo 'make test-integrations  checkpoints and models of other libraries, against those libraries'
 	@echo 'make setup      only set up .venv'
 	@echo 'make lint       ruff, mypy, clang-format; changes nothing'
@@ -94,6 +95,12 @@ bench-steering: $(BENCH_VENV)/.installed
 	@mkdir -p $(dir $(STEERING_JSON)) && rm -f $(STEERING_JSON)
 	$(BENCH_VENV)/bin/python -m pytest $(STEERING_BENCHMARKS) $(BENCH_OPTIONS) --benchmark-json=$(STEERING_JSON) $(ARGS); \
 	status=$$?; $(BENCH_VENV)/bin/python benchmarks/report.py $(STEERING_JSON) $(RESULTS) && exit $$status
+
+# Not more threads than one: the readers' buffers are per thread, and a figure should not depend on the machine's cores.
+bench-memory: export OMP_NUM_THREADS = 1
+bench-memory: export POLARS_MAX_THREADS = 1
+bench-memory: setup
+	$(BIN)/python benchmarks/study_memory.py $(ARGS)
 
 bench-quick:
 	$(MAKE) bench ARGS='-k "$(strip $(QUICK))"'

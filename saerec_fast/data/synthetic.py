@@ -25,6 +25,7 @@ def synthetic_dataset(
     taste_strength: float = 0.85,
     drift: float = 0.03,
     sequel_probability: float = 0.25,
+    catalogue_seed: int | None = None,
     name: str = "synthetic",
 ) -> Dataset:
     """Users who follow their tastes through a catalogue.
@@ -46,6 +47,8 @@ def synthetic_dataset(
         taste_strength: probability that a step that is no sequel follows the user's taste.
         drift: probability per step that a liked attribute is replaced.
         sequel_probability: probability of a sequel per step.
+        catalogue_seed: of the items' attributes and popularity, so that data sets of different ``seed`` are different
+            users of the same items; by default ``seed`` decides about the items too.
 
     Returns:
         A dataset with timestamps in seconds. Every user has at least 1 interaction; items may have none.
@@ -69,8 +72,9 @@ def synthetic_dataset(
             raise ValueError(f"{what} must lie in 0..1, got {chance}")
 
     generator = np.random.default_rng(seed)
-    attributes = _draw_attributes(generator, n_items, n_attributes)
-    popularity = (1.0 + generator.permutation(n_items)) ** -popularity_exponent
+    of_items = generator if catalogue_seed is None else np.random.default_rng(catalogue_seed)
+    attributes = _draw_attributes(of_items, n_items, n_attributes)
+    popularity = (1.0 + of_items.permutation(n_items)) ** -popularity_exponent
     catalogue = _Catalogue(attributes, popularity)
 
     spread = 0.7

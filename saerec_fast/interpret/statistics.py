@@ -226,7 +226,7 @@ class FeatureStatistics:
     not depend on how the rows are cut into batches.
 
     Memory: 8 bytes × groups × features × attributes, at most ``memory_budget``, and 8 bytes per non-zero activation of
-    the kept rows (twice that for a moment).
+    the kept rows (some 30 while they are sorted for the result). None of it grows with the rows.
 
     Args:
         n_features: size of the dictionary, or the number of hidden dimensions.
@@ -236,6 +236,8 @@ class FeatureStatistics:
             correlation and ``max(AUC, 1 - AUC)``.
         threshold: a feature has fired where its activation is larger.
         auc_rows: rows beyond this number are sampled uniformly for AUC and quantiles (results say so).
+        auc_entries: the same for non-zero activations, of which dense features have many a row; at least one row is
+            kept.
         max_groups: users are spread over this many groups in order of appearance; up to as many users are each a group.
         memory_budget: bytes for the sums per group; fewer groups are used where the table is large, and none (no
             intervals) where fewer than 10 would fit.
@@ -254,6 +256,7 @@ class FeatureStatistics:
         signed: bool = True,
         threshold: float = 0.0,
         auc_rows: int = 500_000,
+        auc_entries: int = 40_000_000,
         max_groups: int = 256,
         memory_budget: int = 512 * 2**20,
         seed: int = 0,
@@ -266,13 +269,17 @@ class FeatureStatistics:
             )
         if n_features < 1:
             raise ValueError(f"n_features must be at least 1, got {n_features}")
-        if auc_rows < 1 or max_groups < 1:
-            raise ValueError(f"auc_rows and max_groups must be at least 1, got {auc_rows} and {max_groups}")
+        if auc_rows < 1 or auc_entries < 1 or max_groups < 1:
+            raise ValueError(
+                "auc_rows, auc_entries and max_groups must be at least 1, got "
+                f"{auc_rows}, {auc_entries} and {max_groups}"
+            )
         self.n_features = n_features
         self.attribute_names = tuple(attribute_names)
         self.signed = signed
         self.threshold = threshold
         self.auc_rows = auc_rows
+        self.auc_entries = auc_entries
         self._attributes = table
         n_attributes = table.shape[1]
 
@@ -296,9 +303,10 @@ class FeatureStatistics:
         self._minimum = np.full(n_features, np.inf)
 
         self._random = np.random.default_rng(seed)
-        # Rows with the `auc_rows` smallest random priorities form a uniform sample, whatever the batches were.
+        # Rows with the smallest random priorities, as many as fit, form a uniform sample, whatever the batches were.
         self._cutoff = math.inf
         self._n_kept = 0
+        self._n_kept_entries = 0
         self._kept: list[tuple[NDArray[Any], ...]] = []
 
     @property
@@ -468,21 +476,27 @@ class FeatureStatistics:
             )
         )
         self._n_kept += int(wanted.sum())
-        if self._n_kept > self.auc_rows + max(self.auc_rows // 4, 1024):
+        self._n_kept_entries += int(entries.sum())
+        too_many_rows = self._n_kept > self.auc_rows + max(self.auc_rows // 4, 1024)
+        if too_many_rows or self._n_kept_entries > self.auc_entries + max(self.auc_entries // 4, _CHUNK_ENTRIES):
             self._prune()
 
     def _prune(self) -> None:
-        """Cut the kept rows back to the ``auc_rows`` with the smallest priorities, in the order they came."""
+        """Cut the kept rows back to those with the smallest priorities that fit, in the order they came."""
         joined = [np.concatenate(column) for column in zip(*self._kept, strict=True)]
         priorities, counts, items, groups, indices, values = joined
-        if len(priorities) > self.auc_rows:
-            self._cutoff = float(np.partition(priorities, self.auc_rows)[self.auc_rows])
+        if len(priorities) > self.auc_rows or len(indices) > self.auc_entries:
+            order = np.argsort(priorities)
+            fitting = int(np.searchsorted(np.cumsum(counts[order], dtype=np.int64), self.auc_entries, side="right"))
+            n_wanted = max(min(self.auc_rows, fitting), 1)
+            if n_wanted < len(order):
+                self._cutoff = float(priorities[order[n_wanted]])
             wanted = priorities < self._cutoff
             entries = np.repeat(wanted, counts)
             priorities, counts, items, groups = priorities[wanted], counts[wanted], items[wanted], groups[wanted]
             indices, values = indices[entries], values[entries]
         self._kept = [(priorities, counts, items, groups, indices, values)]
-        self._n_kept = len(priorities)
+        self._n_kept, self._n_kept_entries = len(priorities), len(indices)
 
     def result(self) -> FeatureStatisticsResult:
         """The statistics of all rows so far; more rows may follow.
@@ -546,10 +560,14 @@ class FeatureStatistics:
     def _sorted_entries(self) -> _Entries:
         _, counts, items, groups, indices, values = self._kept[0]
         rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        # One integer that sorts as (feature, value): the bits of a float sort as integers once negatives are flipped.
-        bits = values.view(np.int32).astype(np.int64)
-        ordered = np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF)) + (1 << 31)
-        order = np.argsort((indices.astype(np.int64) << 32) | ordered)
+        # One integer that sorts as (feature, value): the bits of a float sort as integers once those of negatives are
+        # flipped. In place, since the kept entries may be a gigabyte.
+        bits = values.view(np.int32)
+        keys = indices.astype(np.int64)
+        keys <<= 32
+        keys += bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = np.argsort(keys)
+        del keys
         starts = np.concatenate([[0], np.cumsum(np.bincount(indices, minlength=self.n_features))])
         return _Entries(starts.astype(np.int64), rows[order], values[order], items, groups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,8 +165,11 @@ class ActivationStore:
             rows = slice(first, first + batch_size)
             if drop_last and first + batch_size > len(self):
                 return
-            hidden = torch.from_numpy(np.array(self.hidden[rows]))
-            yield Batch(hidden, np.array(self.users[rows]), np.array(self.items[rows]))
+            batch = Batch(
+                torch.from_numpy(np.array(self.hidden[rows])), np.array(self.users[rows]), np.array(self.items[rows])
+            )
+            _let_go(self.hidden)
+            yield batch
 
     def _shuffled(
         self, batch_size: int, drop_last: bool, start: int, entropy: list[int], buffer_rows: int
@@ -214,6 +218,7 @@ class ActivationStore:
         for first in range(0, len(self), step):
             block = self.hidden[first : first + step].astype(np.float64)
             block_mean = block.mean(0)
+            _let_go(self.hidden)
             block -= block_mean
             delta = block_mean - column_mean
             done = first + len(block)
@@ -355,7 +360,15 @@ def _gather(source: np.ndarray, spans: list[tuple[int, int]], size: int) -> np.n
     for begin, stop in spans:
         target[position : position + stop - begin] = source[begin:stop]
         position += stop - begin
+    _let_go(source)
     return target
+
+
+def _let_go(array: np.ndarray) -> None:
+    """Take the pages of a memory map that were read off this process; the system keeps them while it has the room."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _join(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:

@@ -32,6 +32,16 @@ def test_seeds():
     assert synthetic_dataset(50, 40, 4, 3).fingerprint() != synthetic_dataset(50, 40, 4, 4).fingerprint()
 
 
+def test_a_seed_of_the_catalogue_gives_other_users_of_the_same_items():
+    first, second = (synthetic_dataset(400, 60, 4, seed, catalogue_seed=7) for seed in (3, 4))
+    np.testing.assert_array_equal(first.item_table.attributes, second.item_table.attributes)
+    counts = [np.bincount(data.items, minlength=60) for data in (first, second)]
+    assert np.corrcoef(*counts)[0, 1] > 0.8
+    assert first.sequence(0).tolist() != second.sequence(0).tolist()
+    other = synthetic_dataset(400, 60, 4, 3, catalogue_seed=8)
+    assert (other.item_table.attributes != first.item_table.attributes).any()
+
+
 def test_popularity_is_skewed(data):
     counts = np.sort(np.bincount(data.items, minlength=300))[::-1]
     assert counts[:30].sum() > 3 * counts[-30:].sum()

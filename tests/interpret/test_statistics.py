@@ -148,10 +148,11 @@ def test_other_dtypes(dtype):
     n_features=st.integers(1, 5),
     cuts=st.lists(st.integers(0, 40), max_size=5),
     auc_rows=st.sampled_from([1, 7, 20, 500]),
+    auc_entries=st.sampled_from([1, 9, 30, 1000]),
 )
-def test_any_batch_split_gives_the_same(seed, rows, n_features, cuts, auc_rows):
+def test_any_batch_split_gives_the_same(seed, rows, n_features, cuts, auc_rows, auc_entries):
     dense, attributes, items, users = made_up(seed, rows, n_features, n_items=6, n_users=4, negative=seed % 2 == 0)
-    options = {"auc_rows": auc_rows, "max_groups": 3}
+    options = {"auc_rows": auc_rows, "auc_entries": auc_entries, "max_groups": 3}
     whole = compute(dense, attributes, items, users, **options)
     statistics = FeatureStatistics(n_features, attributes, NAMES, **options)
     edges = [0, *sorted(min(cut, rows) for cut in cuts), rows]
@@ -336,6 +337,26 @@ def test_sampled_rows_are_flagged_and_close():
     np.testing.assert_allclose(sampled.roc_auc, full.roc_auc, atol=0.06)
     assert np.abs(sampled.roc_auc - full.roc_auc).max() > 0
     assert any("1,500 of 6,000" in note for note in sampled.summary().notes)
+
+
+def test_activations_beyond_a_number_are_sampled_by_whole_rows(monkeypatch):
+    monkeypatch.setattr(statistics_module, "_CHUNK_ENTRIES", 64)  # so that the kept rows are cut back while they come
+    dense, attributes, items, users = made_up(rows=6000)
+    per_row = (dense != 0).sum(1)
+    full = compute(dense, attributes, items, users)
+    sampled = compute(dense, attributes, items, users, auc_entries=7000, batches=9)
+    assert 7000 - per_row.max() < len(sampled._entries.rows) <= 7000
+    assert sampled.n_auc_rows == pytest.approx(7000 / per_row.mean(), rel=0.05)
+    assert sampled.sampled
+    np.testing.assert_array_equal(sampled.correlation, full.correlation)
+    np.testing.assert_allclose(sampled.roc_auc, full.roc_auc, atol=0.08)
+    one = compute(dense[per_row > 2], attributes, items[per_row > 2], users[per_row > 2], auc_entries=1, batches=9)
+    assert one.n_auc_rows == 1
+
+    statistics = FeatureStatistics(dense.shape[1], attributes, NAMES, auc_entries=700)
+    for rows in np.array_split(np.arange(len(dense)), 200):
+        statistics.update(to_features(dense[rows]), items[rows], users[rows])
+        assert sum(len(part[-1]) for part in statistics._kept) <= 700 * 1.25
 
 
 def test_ratio_is_paired():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +123,22 @@ def test_memory_of_a_shuffle_is_bounded(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 8 * 1024 * 16 * 4 < hidden.nbytes / 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="mapped pages are counted in /proc")
+def test_pages_that_were_read_do_not_stay_with_the_process(tmp_path):
+    def mapped():
+        return 1024 * int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    hidden = np.zeros((200_000, 64), np.float32)
+    with ActivationStore.create(tmp_path, *hidden.shape) as writer:
+        writer.append(hidden, np.zeros(200_000), np.zeros(200_000))
+    store = ActivationStore(tmp_path)
+    passes = (store.mean_std, lambda: sum(1 for _ in store.batches(512)), lambda: sum(1 for _ in store.batches(512, 0)))
+    for read in passes:
+        before = mapped()
+        read()
+        assert mapped() - before < hidden.nbytes / 4
 
 
 def test_incomplete_store_is_refused(tmp_path, hidden):
