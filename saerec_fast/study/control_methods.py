@@ -252,7 +252,7 @@ class PlanMaker:
 
     @property
     def _source(self) -> tuple[Any, Any, str]:
-        return self.run.model, self.run._sae_users(), self.run.site
+        return self.run.model, self.run.sae_users, self.run.site
 
     @cached_property
     def _likelihood(self) -> np.ndarray:
