@@ -54,8 +54,8 @@ def study_settings(data: str, *, quick: bool = False, seed: int = 0) -> StudySet
         "browser": browser.BrowserSettings(),
         "control": control.StudyControlSettings(),
         "popularity": popularity.PopularitySettings(),
-        "pairs": pairs.PairsSettings(),
-        "cases": cases.CasesSettings(),
+        "pairs": pairs.PairSettings(),
+        "cases": cases.CaseSettings(),
     }
     if quick:
         recommender = replace(recommender, epochs=min(_QUICK_EPOCHS, recommender.epochs))
