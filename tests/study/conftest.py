@@ -45,5 +45,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Run:
     """A run of its own for one test."""
-    shutil.copytree(finished, tmp_path / "run")
-    return Run(tmp_path / "run", progress=False)
+    shutil.copytree(finished, tmp_path / "a run of its own")
+    return Run(tmp_path / "a run of its own", progress=False)
