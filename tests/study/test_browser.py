@@ -73,6 +73,14 @@ def test_histograms_count_every_activation(tiny_run: Run) -> None:
     assert counts[feature].tolist() == expected.tolist()
 
 
+def test_a_feature_without_a_maximum_has_no_bins(tiny_run: Run) -> None:
+    maximum = tiny_run.saved_statistics("sae").maximum.copy()
+    expected = activation_histograms(tiny_run, maximum, 5)
+    feature = int(expected.sum(axis=1).argmax())
+    maximum[feature] = expected[feature] = 0
+    np.testing.assert_array_equal(activation_histograms(tiny_run, maximum, 5), expected)
+
+
 def test_pushes_are_exact_at_the_last_site(tiny_run: Run) -> None:
     """Turning a feature of the last hidden state up by 2 adds twice the push to every score."""
     run = tiny_run
