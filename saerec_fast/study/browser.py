@@ -114,7 +114,8 @@ def activation_histograms(run: Run, maximum: np.ndarray, n_bins: int) -> np.ndar
 
     Args:
         run: its model, SAE and test users.
-        maximum: ``(n_features,)``, the largest activation of each, where the last bin ends; bins start at 0.
+        maximum: ``(n_features,)``, the largest activation of each, where the last bin ends; bins start at 0. Features
+            whose maximum is 0 are not counted.
         n_bins: of equal width.
 
     Returns:
@@ -122,12 +123,14 @@ def activation_histograms(run: Run, maximum: np.ndarray, n_bins: int) -> np.ndar
     """
     dataset, sae = run.split.test, run.sae
     counts = np.zeros(sae.n_features * n_bins, dtype=np.int64)
+    awake = torch.from_numpy(maximum > 0)
     done = 0
     with progress_bar(run.progress, "activation histograms", dataset.n_interactions) as show:
         for hidden, _, _ in iterate_hidden(run.model, dataset, run.site):
             with torch.inference_mode():
                 encoded = sae.encode(hidden)
-            fired = (encoded.values > 0).numpy()
+            # Rounding may wake a feature here that slept when the maxima were taken: it has no card and no bins.
+            fired = ((encoded.values > 0) & awake[encoded.indices.long()]).numpy()
             features = encoded.indices.numpy()[fired].astype(np.int64)
             share = encoded.values.numpy()[fired].astype(np.float64) / maximum[features]
             bins = np.minimum((share * n_bins).astype(np.int64), n_bins - 1)

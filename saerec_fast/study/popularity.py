@@ -71,7 +71,8 @@ LABELS = {
 def measure(run: Run, settings: PopularitySettings, folder: Path) -> dict[str, Any]:
     """Features of popularity, and the curves of steering by them on the test users.
 
-    Popularity and lengths of profiles come from training users alone, so that nothing is chosen on the test users.
+    Popularity comes from the users the recommender was trained on, lengths of profiles from those of the SAE, so that
+    nothing is chosen on the test users.
     Plans add to activations (``delta``, all positions): ``-strength`` times the difference of a feature's means over
     popular and unpopular profiles, which is its effect size times its pooled standard deviation. Beside them stands
     what needs no features, :class:`LogitAdjusted`.

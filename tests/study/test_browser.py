@@ -73,6 +73,14 @@ def test_histograms_count_every_activation(run: Run) -> None:
     assert counts[feature].tolist() == expected.tolist()
 
 
+def test_a_feature_without_a_maximum_has_no_bins(run: Run) -> None:
+    maximum = run.saved_statistics("sae").maximum.copy()
+    expected = activation_histograms(run, maximum, 5)
+    feature = int(expected.sum(axis=1).argmax())
+    maximum[feature] = expected[feature] = 0
+    np.testing.assert_array_equal(activation_histograms(run, maximum, 5), expected)
+
+
 def test_pushes_are_exact_at_the_last_site(run: Run) -> None:
     """Turning a feature of the last hidden state up by 2 adds twice the push to every score."""
     # An SAE has to have seen the site for its statistics, not for its decoder: any of the right width will do.
