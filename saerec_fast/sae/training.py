@@ -52,8 +52,8 @@ class SAETrainingConfig:
             of ``steps``.
         l0_coefficient: weight of ``mean ‖a‖₀``; ``jump_relu`` only.
         bandwidth: width of the window around a threshold whose pre-activations move it; ``jump_relu`` only.
-        initial_threshold: of every feature; thresholds move slowly, so that a large one leaves few features active
-            whatever the penalty. ``jump_relu`` only.
+        initial_threshold: of every feature; thresholds move slowly, so that from a large one few features are active in
+            the end too. ``jump_relu`` only.
         learning_rate: of Adam; constant, then falling linearly to 0 over the last fifth of the steps.
         steps: optimiser steps.
         batch_size: rows a step; the whole store where that is smaller.
