@@ -52,7 +52,8 @@ class SAETrainingConfig:
             of ``steps``.
         l0_coefficient: weight of ``mean ‖a‖₀``; ``jump_relu`` only.
         bandwidth: width of the window around a threshold whose pre-activations move it; ``jump_relu`` only.
-        initial_threshold: of every feature; ``jump_relu`` only.
+        initial_threshold: of every feature; thresholds move slowly, so that from a large one few features are active in
+            the end too. ``jump_relu`` only.
         learning_rate: of Adam; constant, then falling linearly to 0 over the last fifth of the steps.
         steps: optimiser steps.
         batch_size: rows a step; the whole store where that is smaller.
@@ -74,7 +75,7 @@ class SAETrainingConfig:
     l1_warmup_steps: int | None = None
     l0_coefficient: float = 0.1
     bandwidth: float = 0.3
-    initial_threshold: float = 1.0
+    initial_threshold: float = 0.3
     learning_rate: float = 1e-3
     steps: int = 6000
     batch_size: int = 2048

@@ -55,6 +55,7 @@ def config_of(kind, **changes):
         "k": 3,
         "l1_coefficient": 3.0 if kind == "gated" else 1.0,
         "l0_coefficient": 0.5,
+        "initial_threshold": 1.0,
         "learning_rate": 1e-2,
         "steps": 400,
         "batch_size": 512,
