@@ -42,9 +42,10 @@ from saerec_fast.recommender import iterate_hidden
 from saerec_fast.recommender.training import progress_bar
 from saerec_fast.sae import ActivationStore, SAETrainingConfig, SparseAutoencoder, train_sae
 
-# Activations of a dense representation that its ROC AUC, and the choice on the SAE's users, rest on: 262,144 rows of 64
-# directions, 16,384 of 1,024.
-_DENSE_ENTRIES = 1 << 24
+# Activations of a dense representation that its ROC AUC rests on (262,144 rows of 64 directions, 16,384 of 1,024), and
+# that directions are chosen on among the SAE's users: all of them would take minutes and say hardly more.
+_AUC_ENTRIES = 1 << 24
+_CHOICE_ENTRIES = 1 << 26
 _READ_ROWS = 16384
 _ENTROPY_EDGES = np.linspace(0, 1.5, 31)
 _COSINE_EDGES = np.linspace(-0.2, 1, 25)
@@ -201,12 +202,8 @@ def _linear_maps(
     return maps, linear_probe(store, whitening, _attributes(run)[0], rows=settings.probe_rows, seed=settings.seed)
 
 
-def _dense_rows(linear: LinearMap) -> int:
-    return max(_DENSE_ENTRIES // linear.n_outputs, 1)
-
-
 def _sampled_rows(store: ActivationStore, linear: LinearMap, seed: int) -> Iterator[tuple[Tensor, Any, Any]]:
-    chosen = sample_rows(len(store), _dense_rows(linear), seed)
+    chosen = sample_rows(len(store), max(_CHOICE_ENTRIES // linear.n_outputs, 1), seed)
     for start in range(0, len(chosen), _READ_ROWS):
         rows = chosen[start : start + _READ_ROWS]
         yield torch.from_numpy(store.hidden[rows]), store.users[rows], store.items[rows]
@@ -221,7 +218,7 @@ def _linear_statistics(
         attributes,
         names,
         signed=signed,
-        auc_rows=_dense_rows(linear),
+        auc_rows=max(_AUC_ENTRIES // linear.n_outputs, 1),
         max_groups=groups,
     )
     for hidden, users, items in rows:
