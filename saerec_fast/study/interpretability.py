@@ -42,9 +42,10 @@ from saerec_fast.recommender import iterate_hidden
 from saerec_fast.recommender.training import progress_bar
 from saerec_fast.sae import ActivationStore, SAETrainingConfig, SparseAutoencoder, train_sae
 
-# Activations of a dense representation that its ROC AUC, and the choice on the SAE's users, rest on: 262,144 rows of 64
-# directions, 16,384 of 1,024.
-_DENSE_ENTRIES = 1 << 24
+# Activations of a dense representation that its ROC AUC rests on (262,144 rows of 64 directions, 16,384 of 1,024), and
+# that directions are chosen on among the SAE's users: all of them would take minutes and say hardly more.
+_AUC_ENTRIES = 1 << 24
+_CHOICE_ENTRIES = 1 << 26
 _READ_ROWS = 16384
 _ENTROPY_EDGES = np.linspace(0, 1.5, 31)
 _COSINE_EDGES = np.linspace(-0.2, 1, 25)
@@ -201,12 +202,8 @@ def _linear_maps(
     return maps, linear_probe(store, whitening, _attributes(run)[0], rows=settings.probe_rows, seed=settings.seed)
 
 
-def _dense_rows(linear: LinearMap) -> int:
-    return max(_DENSE_ENTRIES // linear.n_outputs, 1)
-
-
 def _sampled_rows(store: ActivationStore, linear: LinearMap, seed: int) -> Iterator[tuple[Tensor, Any, Any]]:
-    chosen = sample_rows(len(store), _dense_rows(linear), seed)
+    chosen = sample_rows(len(store), max(_CHOICE_ENTRIES // linear.n_outputs, 1), seed)
     for start in range(0, len(chosen), _READ_ROWS):
         rows = chosen[start : start + _READ_ROWS]
         yield torch.from_numpy(store.hidden[rows]), store.users[rows], store.items[rows]
@@ -221,7 +218,7 @@ def _linear_statistics(
         attributes,
         names,
         signed=signed,
-        auc_rows=_dense_rows(linear),
+        auc_rows=max(_AUC_ENTRIES // linear.n_outputs, 1),
         max_groups=groups,
     )
     for hidden, users, items in rows:
@@ -425,6 +422,16 @@ def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[
     return {"edges": edges, "counts": np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]}
 
 
+@dataclass(frozen=True)
+class _Again:
+    """An SAE of another seed: its statistics on the test users, its living features, and how they match."""
+
+    seed: int
+    statistics: FeatureStatisticsResult
+    living: NDArray[np.int64]
+    match: Matching
+
+
 def _stability(run: Run, settings: InterpretabilitySettings, folder: Path) -> dict[str, Any] | None:
     """How well the living features of the run's SAE are found again by SAEs of other seeds."""
     config = SAETrainingConfig.from_dict(run.settings()["sae"])
@@ -432,32 +439,43 @@ def _stability(run: Run, settings: InterpretabilitySettings, folder: Path) -> di
     if not seeds:
         return None
     steps = min(settings.seed_steps or config.steps, config.steps)
-    test, train = run.interpretation.statistics["sae"], run.interpretation.statistics["sae_train"]
-    living = np.flatnonzero(test.fired_counts)
+    living = np.flatnonzero(run.interpretation.statistics["sae"].fired_counts)
     dictionary = _directions(run.sae, living)
-    found: list[Matching] = []
-    partners = []
-    headline = []
+    found = []
     for seed in seeds:
         run.say(f"  SAE of seed {seed}")
         again = replace(config, seed=seed, steps=steps)
         sae = train_sae(_store(run), again, folder / f"seed-{seed}", progress=run.progress).eval()
-        other = _sae_statistics(run, sae)
-        other_living = np.flatnonzero(other.fired_counts)
-        found.append(match_directions(dictionary, _directions(sae, other_living)))
-        partners.append((other, other_living))
-        summary = other.summary(resamples=0)
-        headline.append(
+        statistics = _sae_statistics(run, sae)
+        others = np.flatnonzero(statistics.fired_counts)
+        found.append(_Again(seed, statistics, others, match_directions(dictionary, _directions(sae, others))))
+    summaries = [one.statistics.summary(resamples=0) for one in found]
+    baseline = [match_random(dictionary, len(living), seed=settings.seed + index) for index in range(len(seeds))]
+    return {
+        "seeds": seeds,
+        "steps": steps,
+        "living": len(living),
+        **_cosines([one.match for one in found]),
+        "of_attribute_features": _attribute_stability(run, living, found),
+        "of_seeds": [
             {
-                "seed": seed,
+                "seed": one.seed,
                 "correlation": summary.mean_max_correlation.value,
                 "roc_auc": summary.mean_max_roc_auc.value,
-                "living": len(other_living),
+                "living": len(one.living),
             }
-        )
-    baseline = [match_random(dictionary, len(living), seed=settings.seed + index) for index in range(len(seeds))]
+            for one, summary in zip(found, summaries, strict=True)
+        ],
+        "random_baseline": _cosines(baseline),
+    }
+
+
+def _attribute_stability(run: Run, living: NDArray[np.int64], found: list[_Again]) -> list[dict[str, Any]]:
+    """Of each attribute's feature, chosen on the SAE's users: the cosine with its partners, and the correlation of
+    those with the attribute; means over the seeds."""
+    test, train = run.interpretation.statistics["sae"], run.interpretation.statistics["sae_train"]
     position = {int(feature): index for index, feature in enumerate(living)}
-    of_attributes = []
+    result = []
     for attribute in _measured_attributes(test):
         column = test.attribute_index(attribute)
         feature = next(iter(train.top_features(attribute, 1)), -1)
@@ -465,28 +483,21 @@ def _stability(run: Run, settings: InterpretabilitySettings, folder: Path) -> di
             continue
         at = position[feature]
         matched = [
-            other.correlation[other_living[match.partner[at]], column] if match.partner[at] >= 0 else math.nan
-            for match, (other, other_living) in zip(found, partners, strict=True)
+            float(one.statistics.correlation[one.living[one.match.partner[at]], column])
+            for one in found
+            if one.match.partner[at] >= 0
         ]
-        of_attributes.append(
+        result.append(
             {
                 "attribute": attribute,
                 "feature": feature,
-                "cosine": _mean([match.cosine[at] for match in found]),
-                "nearest_cosine": _mean([match.nearest_cosine[at] for match in found]),
+                "cosine": _mean([float(one.match.cosine[at]) for one in found]),
+                "nearest_cosine": _mean([float(one.match.nearest_cosine[at]) for one in found]),
                 "correlation": test.correlation[feature, column],
                 "matched_correlation": _mean(matched),
             }
         )
-    return {
-        "seeds": seeds,
-        "steps": steps,
-        "living": len(living),
-        **_cosines(found),
-        "of_attribute_features": of_attributes,
-        "of_seeds": headline,
-        "random_baseline": _cosines(baseline),
-    }
+    return result
 
 
 def _directions(sae: SparseAutoencoder, features: NDArray[np.int64]) -> NDArray[np.float64]:
