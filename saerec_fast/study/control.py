@@ -382,7 +382,7 @@ def compare_at_share(
                 kept[method][part["attribute"]] = np.divide(
                     steered, untouched, out=np.full_like(steered, np.nan), where=untouched > 0
                 )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in methods:
         both = [name for name in kept[method] if name in kept[REFERENCE]]
         relative: np.ndarray | None = None
