@@ -1,15 +1,15 @@
 """Control: how much ranking quality each way of steering keeps, for every attribute, up and down.
 
 After "flexible control" of Klenitskiy et al., arXiv 2507.12202, whose way is the reference: one feature is set to a
-constant at all positions and the hidden state replaced by what is decoded. Methods, features and strengths are chosen on
-users whom the SAE was trained on; all figures are measured on the test users.
+constant at all positions and the hidden state replaced by what is decoded. Methods, features and strengths are chosen
+on users whom the SAE was trained on; all figures are measured on the test users.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,10 @@ def measure(run: Run, settings: StudyControlSettings, folder: Path) -> dict[str,
     test = _ranking(run, run.split.test, settings.test_users, settings.seed)
     maker = PlanMaker(run, sample, n_several=settings.n_several, ridge=settings.ridge)
     attributes = list(settings.attributes) or _common_attributes(run, maker, settings.minimum_share)
-    identity = json.loads(json.dumps({"settings": asdict(settings), "run": run._digest("interpretation")}))
+    # What one attribute's figures depend on, which other attributes there are is not among it.
+    identity = json.loads(
+        json.dumps({"settings": asdict(replace(settings, attributes=())), "run": run._digest("interpretation")})
+    )
     parts = []
     with progress_bar(run.progress, "control", len(attributes)) as show:
         for done, attribute in enumerate(attributes):
@@ -145,38 +148,56 @@ class _Experiment:
         self.maker, self.sample, self.test = maker, sample, test
         self.attribute, self.settings = attribute, settings
         self.has_attribute = maker.has_attribute(attribute)
-        self.untouched = self._measured(SteeringPlan(), 0.0)
-        self.sample_share = self._sample_share(SteeringPlan())
+        self.untouched = self._measured(test, SteeringPlan(), 0.0)
+        self.on_sample = self._measured(sample, SteeringPlan(), 0.0)
 
     def run(self, up: Sequence[Method], down: Sequence[Method]) -> dict[str, Any]:
         """Plain JSON, with the NDCG of every user where the comparison needs it."""
-        curves, per_user = [], {}
+        curves, per_user, sample_kept = [], {}, {}
         for method in up:
-            points = self._curve(method)
+            tried, points = self._curve(method)
             curves.append({"attribute": self.attribute, "method": method.name, "points": [p.as_dict() for p in points]})
             at_share = ndcg_at_share([self.untouched, *points], self.settings.multiple * self.untouched.share)
             per_user[method.name] = None if at_share is None else at_share.tolist()
+            at_share = ndcg_at_share(tried, self.settings.multiple * self.on_sample.share)
+            sample_kept[method.name] = None if at_share is None else _ratio(at_share.mean(), self.on_sample.ndcg.mean())
         return {
             "attribute": self.attribute,
             "share": self.untouched.share,
             "ndcg": self.untouched.ndcg.tolist(),
             "curves": curves,
             "at_share": per_user,
+            "kept_on_sample": sample_kept,
             "calibrated": [one for method in up for one in self._calibrated(method)],
             "suppression": [self._suppressed(method) for method in down],
         }
 
-    def _curve(self, method: Method) -> list[_Point]:
-        plan = self.maker.plan(method, self.attribute)
-        wanted = [
-            multiple * self.sample_share
-            for multiple in self.settings.multiples
-            if multiple * self.sample_share <= self.settings.largest_share
-        ]
-        # One point beyond what is aimed at, so that the share on the test users lies between two points.
-        wanted.append(min(1.1 * wanted[-1], 0.5 * (1 + wanted[-1])) if wanted else self.settings.largest_share)
-        strengths = strengths_for(wanted, self.sample_share, lambda strength: self._sample_share(plan.scaled(strength)))
-        return [self._measured(plan.scaled(strength), strength) for strength in strengths]
+    def _curve(self, method: Method) -> tuple[list[_Point], list[_Point]]:
+        """What was tried on the sample, from strength 0 on, and the curve on the test users."""
+        plan, settings = self.maker.plan(method, self.attribute), self.settings
+        start = self.on_sample.share
+        wanted = [one * start for one in settings.multiples if one * start <= settings.largest_share]
+        tried = self._tried(plan, wanted[-1] if wanted else settings.largest_share)
+        strengths = strengths_for(wanted or [settings.largest_share], tried)
+        points = [self._measured(self.test, plan.scaled(strength), strength) for strength in strengths]
+        # The sample's share may be below that of the test users: the curve has to reach what is compared.
+        target = settings.multiple * self.untouched.share
+        while target <= settings.largest_share and points[-1].share < target and points[-1].strength < 2 * LARGEST:
+            strength = 1.3 * points[-1].strength
+            points.append(self._measured(self.test, plan.scaled(strength), strength))
+            if points[-1].share <= points[-2].share:
+                break
+        return tried, points
+
+    def _tried(self, plan: SteeringPlan, share: float) -> list[_Point]:
+        """Points of the sample at growing strengths, until the share is passed."""
+        points = [self.on_sample]
+        rises = share > self.on_sample.share
+        strength = SMALLEST
+        while strength <= LARGEST and (points[-1].share < share if rises else points[-1].share > share):
+            points.append(self._measured(self.sample, plan.scaled(strength), strength))
+            strength *= GROWTH
+        return points
 
     def _calibrated(self, method: Method) -> list[dict[str, Any]]:
         """The plan calibrated on the sample and measured on the test users."""
@@ -184,14 +205,18 @@ class _Experiment:
             return []
         found = []
         for multiple in self.settings.calibrated_multiples:
-            target = multiple * self.sample_share
+            target = multiple * self.on_sample.share
             if target > self.settings.largest_share:
                 continue
             try:
-                calibration = calibrate(self.maker.plan(method, self.attribute), target, self._sample_share)
+                calibration = calibrate(
+                    self.maker.plan(method, self.attribute),
+                    target,
+                    lambda plan: self._measured(self.sample, plan, 1.0).share,
+                )
             except ValueError:  # no strength reaches the share; the curve shows how far the method gets
                 continue
-            point = self._measured(calibration.plan, calibration.factor)
+            point = self._measured(self.test, calibration.plan, calibration.factor)
             found.append(
                 {
                     "attribute": self.attribute,
@@ -208,13 +233,9 @@ class _Experiment:
         plan = self.maker.plan(method, self.attribute)
         strengths = [1.0]
         if method.op == "add":
-            wanted = [left * self.sample_share for left in (0.75, 0.5, 0.25)] + [
-                self.settings.share_left * self.sample_share
-            ]
-            strengths = strengths_for(
-                wanted, self.sample_share, lambda strength: self._sample_share(plan.scaled(strength))
-            )
-        points = [self._measured(plan.scaled(strength), strength) for strength in strengths]
+            wanted = [left * self.on_sample.share for left in (0.75, 0.5, self.settings.share_left)]
+            strengths = strengths_for(wanted, self._tried(plan, wanted[-1]))
+        points = [self._measured(self.test, plan.scaled(strength), strength) for strength in strengths]
         kept = [suppression(point.share, point.ndcg, self.untouched.share, self.untouched.ndcg) for point in points]
         return {
             "attribute": self.attribute,
@@ -223,53 +244,37 @@ class _Experiment:
             "points": [{**point.as_dict(), **figures} for point, figures in zip(points, kept, strict=True)],
         }
 
-    def _measured(self, plan: SteeringPlan, strength: float) -> _Point:
-        metrics = self.test.metrics(plan)
+    def _measured(self, ranking: SteeredRanking, plan: SteeringPlan, strength: float) -> _Point:
+        metrics = ranking.metrics(plan)
         return _Point(float(strength), attribute_share(metrics, self.has_attribute), metrics.ndcg)
-
-    def _sample_share(self, plan: SteeringPlan) -> float:
-        return attribute_share(self.sample.metrics(plan), self.has_attribute)
 
 
 CALIBRATED = (REFERENCE, "contrastive_last", "even_push_last")
 """Methods whose calibration is shown."""
 
 
-def strengths_for(
-    wanted: Sequence[float],
-    start: float,
-    share_at: Callable[[float], float],
-    *,
-    first: float = 0.0625,
-    growth: float = 1.6,
-    largest: float = 64.0,
-) -> list[float]:
-    """Strengths at which a share, rising or falling from ``start``, passes each of ``wanted`` for the first time.
+# Strengths tried on the sample, in units of a plan: geometric, so that few measurements cover any plan.
+SMALLEST, GROWTH, LARGEST = 0.125, 1.5, 64.0
 
-    The strength grows until the last wanted share is passed; between what was measured, linear. Where it is never
-    passed, shares that were not reached have no strength of their own, and the one that came nearest to the last stands
-    for them.
+
+def strengths_for(wanted: Sequence[float], tried: Sequence[_Point]) -> list[float]:
+    """Strengths at which the share passes each of ``wanted`` for the first time, linear between what was tried.
+
+    The strength that came nearest to the last of them stands for those that were not reached.
 
     Args:
-        wanted: shares, ever further from ``start``.
-        start: the share at strength 0.
-        share_at: measures the share at a strength.
-        first, growth, largest: the strengths tried.
+        wanted: shares, ever further above, or ever further below, the first one tried.
+        tried: by ascending strength from 0 on, at least two.
 
     Returns:
         Ascending, distinct, at least one.
     """
-    direction = 1.0 if wanted[-1] > start else -1.0
-    strengths, gains = [0.0], [0.0]
-    strength = first
-    while strength <= largest and gains[-1] < direction * (wanted[-1] - start):
-        strengths.append(strength)
-        gains.append(direction * (share_at(strength) - start))
-        strength *= growth
-    found = {crossing(strengths, gains, direction * (share - start)) for share in wanted}
+    direction = 1.0 if wanted[-1] > tried[0].share else -1.0
+    strengths, shares = [point.strength for point in tried], [direction * point.share for point in tried]
+    found = {crossing(strengths, shares, direction * share) for share in wanted}
     if None in found:
-        found.add(strengths[int(np.argmax(gains))])
-    return sorted(one for one in found if one) or [first]
+        found.add(strengths[1 + int(np.argmax(shares[1:]))])
+    return sorted(one for one in found if one)
 
 
 def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
@@ -350,10 +355,12 @@ def compare_at_share(
     """NDCG kept at a multiple of the original share: its mean over attributes, with an interval over users.
 
     Users are drawn with replacement, the same ones for every attribute and method; the strengths stay as they are.
-    A method is compared with the reference over the attributes in which both reach the share.
+    A method is compared with the reference over the attributes in which both reach the share. ``chosen`` is the method
+    that keeps most on the sample, where a share that is not reached keeps nothing.
 
     Args:
-        parts: ``attribute``, ``share``, ``ndcg`` (per user) and ``at_share`` (per method and user, or ``None``).
+        parts: ``attribute``, ``share``, ``ndcg`` (per user), ``at_share`` (per method and user, or ``None``) and
+            ``kept_on_sample`` (per method).
         methods: names.
         settings: ``multiple`` and ``largest_share``.
         n_resamples: of the bootstrap (percentile, 95 %).
@@ -370,16 +377,25 @@ def compare_at_share(
         untouched = counts @ np.asarray(part["ndcg"])
         for method in methods:
             if part["at_share"][method] is not None and untouched[0] > 0:
-                kept[method][part["attribute"]] = counts @ np.asarray(part["at_share"][method]) / untouched
-    rows = []
+                steered = counts @ np.asarray(part["at_share"][method])
+                # Of few users, a draw may hold none whose item was found.
+                kept[method][part["attribute"]] = np.divide(
+                    steered, untouched, out=np.full_like(steered, np.nan), where=untouched > 0
+                )
+    rows: list[dict[str, Any]] = []
     for method in methods:
         both = [name for name in kept[method] if name in kept[REFERENCE]]
         relative: np.ndarray | None = None
         if both:
-            relative = _over(kept[method], both) / _over(kept[REFERENCE], both)
+            reference = _over(kept[REFERENCE], both)
+            relative = np.divide(
+                _over(kept[method], both), reference, out=np.full_like(reference, np.nan), where=reference > 0
+            )
+        on_sample = [part["kept_on_sample"][method] or 0.0 for part in compared]
         rows.append(
             {
                 "method": method,
+                "ndcg_kept_on_sample": _mean(on_sample),
                 "ndcg_kept": _interval(_over(kept[method], list(kept[method])) if kept[method] else None),
                 "relative_to_reference": _interval(relative)[0],
                 "relative_interval": _interval(relative),
@@ -391,7 +407,9 @@ def compare_at_share(
                 },
             }
         )
+    best = max(rows, key=lambda row: row["ndcg_kept_on_sample"] or 0.0)
     return {
+        "chosen": best["method"],
         "multiple": settings.multiple,
         "reference": REFERENCE,
         "methods": rows,
@@ -406,10 +424,11 @@ def _over(kept: dict[str, np.ndarray], attributes: Sequence[str]) -> np.ndarray:
 
 def _interval(values: np.ndarray | None) -> list[float | None]:
     """The first value, and the middle 95 % of the others."""
-    if values is None or not np.isfinite(values).all():
-        return [None if values is None or not np.isfinite(values[0]) else float(values[0]), None, None]
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return [float(values[0]), float(low), float(high)]
+    if values is None or not np.isfinite(values[0]):
+        return [None, None, None]
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (None, None)
+    return [float(values[0]), None if low is None else float(low), None if high is None else float(high)]
 
 
 def _ratio(numerator: float, denominator: float) -> float:
