@@ -55,7 +55,7 @@ def write_large_data(
                 BLOCK_USERS,
                 n_items,
                 n_attributes,
-                seed=np.random.SeedSequence([seed, block]).generate_state(1)[0],
+                seed=int(np.random.SeedSequence([seed, block]).generate_state(1)[0]),
                 mean_length=mean_length,
                 catalogue_seed=seed,
             )

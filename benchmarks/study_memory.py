@@ -5,7 +5,7 @@ files mapped into it, libraries and the store of hidden states among them. Besid
 memory alone (``RssAnon``, sampled), which is what the system cannot take back. The limit is on the former.
 
 The recommender has the shape of a real one and is not trained, which would take hours: what is collected and
-interpreted is of the same size either way.
+interpreted is of the same size either way. For Linux.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ needs_proc = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def growth(tmp_path_factory):
-    """Bytes of peak memory per additional interaction, by step."""
+    """A function that gives each step's bytes of peak memory per additional interaction; "leak" keeps every row."""
 
     @lru_cache
     def measure(leak: str) -> dict[str, float]:

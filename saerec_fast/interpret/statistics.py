@@ -226,7 +226,7 @@ class FeatureStatistics:
     not depend on how the rows are cut into batches.
 
     Memory: 8 bytes × groups × features × attributes, at most ``memory_budget``, and 8 bytes per non-zero activation of
-    the kept rows (some 30 while they are sorted for the result). None of it grows with the rows.
+    the kept rows (some 30 while they are sorted for the result). Of it all only the table of users grows with the data.
 
     Args:
         n_features: size of the dictionary, or the number of hidden dimensions.
@@ -561,7 +561,7 @@ class FeatureStatistics:
         _, counts, items, groups, indices, values = self._kept[0]
         rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         # One integer that sorts as (feature, value): the bits of a float sort as integers once those of negatives are
-        # flipped. In place, since the kept entries may be a gigabyte.
+        # flipped. In place, since the kept entries may take hundreds of megabytes.
         bits = values.view(np.int32)
         keys = indices.astype(np.int64)
         keys <<= 32
