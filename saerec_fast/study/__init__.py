@@ -1,0 +1,1 @@
+"""The study: the paper's programme on any data set, as one command."""
