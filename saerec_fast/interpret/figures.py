@@ -78,7 +78,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """One ``<svg>`` element with a title and a description for readers who do not see it."""
+    """One ``<svg>`` element with a title and a description for readers who do not see it.
+
+    It shrinks with the page but never grows beyond the size it was drawn at.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -120,16 +123,23 @@ def heat_map(
     features = list(dict.fromkeys(one.correlation_feature for one in rows))
     columns = [result.attribute_index(one.attribute) for one in rows]
     values = result.correlation[np.ix_(features, columns)].T
+    return correlation_grid([one.attribute for one in rows], features, values, name=name, what=what)
+
+
+def correlation_grid(
+    attributes: Sequence[str], features: Sequence[int], values: np.ndarray, *, name: str, what: str = "Feature"
+) -> str:
+    """Correlations, ``(attributes, features)``, as coloured cells; the arguments are those of :func:`heat_map`."""
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(190 + 38 * len(features), 110 + 27 * len(rows))
+        figure = new_figure(190 + 38 * len(features), 110 + 27 * len(attributes))
         axes = figure.add_subplot()
         limit = max(float(np.abs(values).max()), 0.01)
-        places = np.arange(len(features)), np.arange(len(rows))
+        places = np.arange(len(features)), np.arange(len(attributes))
         image = axes.pcolormesh(
             *places, values, cmap=DIVERGING, vmin=-limit, vmax=limit, edgecolor="face", linewidth=0.3
         )
         axes.invert_yaxis()
-        axes.set_yticks(range(len(rows)), [one.attribute for one in rows])
+        axes.set_yticks(range(len(attributes)), list(attributes))
         axes.set_xticks(range(len(features)), [str(feature) for feature in features], rotation=90)
         axes.set_xlabel(f"{what} (the one with the highest correlation for each attribute)")
         axes.tick_params(length=0)
@@ -145,13 +155,13 @@ def heat_map(
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label("Pearson correlation")
-        strongest = rows[0]
+        row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
         return svg(
             figure,
             name,
             "Correlation of attributes with their top features",
-            f"{len(rows)} attributes by {len(features)} features. The strongest pair is {strongest.attribute} with "
-            f"{what.lower()} {strongest.correlation_feature}, {strongest.correlation.value:.2f}.",
+            f"{len(attributes)} attributes by {len(features)} features. The strongest pair is {attributes[row]} with "
+            f"{what.lower()} {features[column]}, {values[row, column]:.2f}.",
         )
 
 
