@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from saerec_fast.files import write_text
 from saerec_fast.interpret import figures as shared
@@ -85,7 +85,13 @@ def _legend(figure: Figure, columns: int = 2) -> None:
 
 
 def _intervals(
-    rows: Sequence[tuple[str, Sequence[Any]]], label: str, name: str, title: str, *, base: float = 0.0, percent: bool = False
+    rows: Sequence[tuple[str, Sequence[Any]]],
+    label: str,
+    name: str,
+    title: str,
+    *,
+    base: float = 0.0,
+    percent: bool = False,
 ) -> str:
     """One bar per row from ``base``, its interval as a line, its name above it: long names fit a phone that way."""
     figure, axes = _panel(64 + 38 * len(rows))
@@ -153,7 +159,7 @@ def _frontier(points: Sequence[Mapping[str, Any]], key: str, label: str, name: s
     for size in sizes:
         axes.scatter([], [], s=area[size], facecolors="none", edgecolors=INK, label=f"{size:,} features")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("L0: active features per row (log scale)")
@@ -187,7 +193,10 @@ def _sites(sweep: Mapping[str, Any], name: str) -> str:
     axes.set_xlabel(f"Mean-max correlation ({chosen[0]}, {chosen[1]:,} features)")
     _legend(figure)
     return svg(
-        figure, name, "Correlation by site", "; ".join(f"{site}: {values[0]:.3f}" for site, values in found.items()) + "."
+        figure,
+        name,
+        "Correlation by site",
+        "; ".join(f"{site}: {values[0]:.3f}" for site, values in found.items()) + ".",
     )
 
 
@@ -290,7 +299,7 @@ def _distribution(one: Mapping[str, Any], name: str) -> str:
     axes.set_xlabel("Activation, where it fires")
     axes.set_ylabel("Density")
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.legend(loc="upper right")
+    _legend(figure)
     title = f"Activations of feature {one['feature']} with and without {one['attribute']}"
     return svg(figure, name, title, "; ".join(texts) + ".")
 
@@ -301,7 +310,9 @@ def _histograms(histograms: Mapping[str, Mapping[str, Any]], label: str, name: s
         counts = np.asarray(one["counts"], dtype=float)
         shares = counts / max(counts.sum(), 1)
         colour = (SERIES[0], SERIES[1], GREY)[number % 3]
-        axes.stairs(shares, one["edges"], color=colour, linewidth=1.6, linestyle=("-", "--", ":")[number % 3], label=text)
+        axes.stairs(
+            shares, one["edges"], color=colour, linewidth=1.6, linestyle=("-", "--", ":")[number % 3], label=text
+        )
         axes.stairs(shares, one["edges"], color=colour, alpha=0.14, fill=True)
     axes.set_xlabel(label)
     axes.set_ylabel("Share")
@@ -418,7 +429,13 @@ def _tail(
         )
     if baseline:
         axes.plot(
-            [baseline[key]], [baseline["ndcg@10"]], marker="*", markersize=13, color=INK, linestyle="none", label="not steered"
+            [baseline[key]],
+            [baseline["ndcg@10"]],
+            marker="*",
+            markersize=13,
+            color=INK,
+            linestyle="none",
+            label="not steered",
         )
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -445,7 +462,15 @@ def _pairs(part: Mapping[str, Any]) -> Iterable[Drawing]:
                 label=label,
             )
         start = pair["untouched"]
-        axes.plot([start["both"]], [start["ndcg@10"]], marker="*", markersize=13, color=INK, linestyle="none", label="not steered")
+        axes.plot(
+            [start["both"]],
+            [start["ndcg@10"]],
+            marker="*",
+            markersize=13,
+            color=INK,
+            linestyle="none",
+            label="not steered",
+        )
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_title(" and ".join(pair["attributes"]))

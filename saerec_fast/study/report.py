@@ -139,13 +139,13 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
     sae = _representation(sections, "sae")
     if sae:
         ends = [
-            f"{one['label']} {one['correlation'][0]:.3f}"
+            f"{one['label']} {one['correlation'][0]:.3f} / {one['roc_auc'][0]:.3f}"
             for one in sections["interpretability"]["representations"]
             if one["name"] != "sae"
         ]
         texts.append(
-            f"The best SAE feature of each attribute correlates {sae['correlation'][0]:.3f} with it on average"
-            + (f"; beside it: {', '.join(ends)}." if ends else ".")
+            f"Mean over attributes of the best SAE feature, correlation / ROC AUC: {sae['correlation'][0]:.3f} / "
+            f"{sae['roc_auc'][0]:.3f}" + (f"; beside it: {', '.join(ends)}." if ends else ".")
         )
     best = _best_method(sections)
     if best:
@@ -154,7 +154,11 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
         texts.append(
             f"At {at_share.get('multiple', 1):g} times an attribute's share, “{best[0]}” keeps the most NDCG@10: "
             f"{best[1]['ndcg_kept'][0]:.1%}"
-            + (f", {relative:.2f} times what the reference method keeps." if relative is not None else ".")
+            + (
+                f", {relative:.2f} times what the reference method keeps."
+                if relative is not None and best[1]["method"] != at_share.get("reference")
+                else "."
+            )
         )
     suppressed = [
         one for one in sections.get("control", {}).get("suppression_summary", []) if one["share_left"] is not None

@@ -160,9 +160,7 @@ def _recommender(recommender: Mapping[str, Any]) -> Iterable[Table]:
     yield Table(
         "recommenders",
         "Last item of each test user, ranked against the full catalogue, seen items filtered.",
-        _columns(
-            ("model", "Model"), *((key, text, "interval") for key, text in zip(metrics, headings, strict=True))
-        ),
+        _columns(("model", "Model"), *((key, text, "interval") for key, text in zip(metrics, headings, strict=True))),
         rows,
     )
 
@@ -250,7 +248,9 @@ def _interpretability(part: Mapping[str, Any]) -> Iterable[Table]:
     yield Table(
         "heat_map",
         "Pearson correlation of attributes with the best feature of each.",
-        _columns(("attribute", "Attribute"), ("feature", "Feature", "feature"), ("correlation", "Correlation", "number")),
+        _columns(
+            ("attribute", "Attribute"), ("feature", "Feature", "feature"), ("correlation", "Correlation", "number")
+        ),
         [
             {"attribute": attribute, "feature": feature, "correlation": value}
             for attribute, values in zip(heat["attributes"], heat["correlation"], strict=True)
