@@ -27,16 +27,16 @@ except ImportError as error:
     raise ImportError("figures need matplotlib: pip install saerec-fast[study]") from error
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
-_SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 # Stands for "the page's text colour" until the SVG is written, which matplotlib has no word for.
-_INK = "#010203"
+INK = "#010203"
 # Fewer than 50 levels keep the colour bar a drawing rather than an embedded picture.
-_DIVERGING = LinearSegmentedColormap.from_list(
+DIVERGING = LinearSegmentedColormap.from_list(
     "blue-orange", ["#08519c", "#6baed6", "#f4f4f4", "#fd8d3c", "#a63603"], N=41
 )
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
@@ -67,24 +67,27 @@ _STYLE: dict[Any, Any] = {
             "ytick.color",
             "grid.color",
         ),
-        _INK,
+        INK,
     ),
 }
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of a size in CSS pixels."""
     return Figure(figsize=(width / 96, height / 96), layout="constrained")
 
 
-def _svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """One ``<svg>`` element with a title and a description for readers who do not see it."""
+def svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """One ``<svg>`` element with a title and a description for readers who do not see it.
+
+    It shrinks with the page but never grows beyond the size it was drawn at.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = text.replace(_INK, "currentColor").replace("xlink:href", "href")
+    text = text.replace(INK, "currentColor").replace("xlink:href", "href")
     # matplotlib numbers ids per figure; several figures in one page need them apart.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"'DejaVu Sans'", "system-ui, 'DejaVu Sans'", text)
@@ -120,16 +123,23 @@ def heat_map(
     features = list(dict.fromkeys(one.correlation_feature for one in rows))
     columns = [result.attribute_index(one.attribute) for one in rows]
     values = result.correlation[np.ix_(features, columns)].T
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(190 + 38 * len(features), 110 + 27 * len(rows))
+    return correlation_grid([one.attribute for one in rows], features, values, name=name, what=what)
+
+
+def correlation_grid(
+    attributes: Sequence[str], features: Sequence[int], values: np.ndarray, *, name: str, what: str = "Feature"
+) -> str:
+    """Correlations, ``(attributes, features)``, as coloured cells; the arguments are those of :func:`heat_map`."""
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(190 + 38 * len(features), 110 + 27 * len(attributes))
         axes = figure.add_subplot()
         limit = max(float(np.abs(values).max()), 0.01)
-        places = np.arange(len(features)), np.arange(len(rows))
+        places = np.arange(len(features)), np.arange(len(attributes))
         image = axes.pcolormesh(
-            *places, values, cmap=_DIVERGING, vmin=-limit, vmax=limit, edgecolor="face", linewidth=0.3
+            *places, values, cmap=DIVERGING, vmin=-limit, vmax=limit, edgecolor="face", linewidth=0.3
         )
         axes.invert_yaxis()
-        axes.set_yticks(range(len(rows)), [one.attribute for one in rows])
+        axes.set_yticks(range(len(attributes)), list(attributes))
         axes.set_xticks(range(len(features)), [str(feature) for feature in features], rotation=90)
         axes.set_xlabel(f"{what} (the one with the highest correlation for each attribute)")
         axes.tick_params(length=0)
@@ -145,13 +155,13 @@ def heat_map(
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label("Pearson correlation")
-        strongest = rows[0]
-        return _svg(
+        row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+        return svg(
             figure,
             name,
             "Correlation of attributes with their top features",
-            f"{len(rows)} attributes by {len(features)} features. The strongest pair is {strongest.attribute} with "
-            f"{what.lower()} {strongest.correlation_feature}, {strongest.correlation.value:.2f}.",
+            f"{len(attributes)} attributes by {len(features)} features. The strongest pair is {attributes[row]} with "
+            f"{what.lower()} {features[column]}, {values[row, column]:.2f}.",
         )
 
 
@@ -179,8 +189,8 @@ def comparison_bars(
     # A bar for the AUC starts at 1/2, which is what a score that knows nothing has.
     base = 0.0 if statistic == "correlation" else 0.5
     label = "Pearson correlation" if statistic == "correlation" else "ROC AUC"
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(410, 90 + (14 * len(labels) + 8) * len(names))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(410, 90 + (14 * len(labels) + 8) * len(names))
         axes = figure.add_subplot()
         thickness = 0.8 / len(labels)
         for number, one_label in enumerate(labels):
@@ -195,11 +205,11 @@ def comparison_bars(
                     estimate.value - base,
                     left=base,
                     height=thickness * 0.92,
-                    color=_SERIES[number] if number != 1 else GREY,
+                    color=SERIES[number] if number != 1 else GREY,
                     label=one_label if place == len(names) - 1 else None,
                 )
                 if estimate.low is not None and estimate.high is not None:
-                    axes.plot([estimate.low, estimate.high], [height, height], color=_INK, linewidth=1.1)
+                    axes.plot([estimate.low, estimate.high], [height, height], color=INK, linewidth=1.1)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.tick_params(axis="y", length=0)
@@ -209,7 +219,7 @@ def comparison_bars(
         axes.set_xlim(left=base)
         figure.legend(loc="outside upper center", ncols=len(labels))
         means = {one: getattr(summaries[one], f"mean_max_{statistic}").value for one in labels}
-        return _svg(
+        return svg(
             figure,
             name,
             f"{label} of the best feature per attribute",
@@ -241,8 +251,8 @@ def activation_distribution(
     low = min(low, 0.0) if silent else low
     bins = np.linspace(low, max(high, low + 1e-6), 29)
     texts = []
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(350, 235)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(350, 235)
         axes = figure.add_subplot()
         series = ((f"{attribute}", present, ORANGE, "-"), (f"not {attribute}", absent, BLUE, "--"))
         for (label, values, colour, line), drawn in zip(series, shown, strict=True):
@@ -264,7 +274,7 @@ def activation_distribution(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.legend(loc="upper right", handlelength=1.6)
         axes.set_title(f"{attribute}: {'feature' if silent else 'dimension'} {feature}")
-        return _svg(
+        return svg(
             figure,
             name or f"distribution-{feature}-{result.attribute_index(attribute)}",
             f"Activations of feature {feature} with and without {attribute}",
@@ -313,8 +323,8 @@ def control_curves(
         raise ValueError(f"no control points for {attribute!r}")
     one_feature = len({feature for _, _, feature in curves}) == 1
     texts = []
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(400, 330)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(400, 330)
         axes = figure.add_subplot()
         for number, ((mode, positions, feature), curve) in enumerate(curves.items()):
             ordered = sorted(curve, key=lambda point: point["value"])
@@ -322,8 +332,8 @@ def control_curves(
             quality = [point["ndcg@10"] for point in ordered]
             label = _LABELS.get((mode, positions), f"{mode}, {positions}")
             label += "" if one_feature else f", feature {feature}"
-            colour = _SERIES[number % len(_SERIES)]
-            marker = _MARKERS[number % len(_MARKERS)]
+            colour = SERIES[number % len(SERIES)]
+            marker = MARKERS[number % len(MARKERS)]
             axes.plot(shares, quality, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=label)
             texts.append(
                 f"{label}: share {shares[0]:.1%} to {shares[-1]:.1%}, NDCG@10 {quality[0]:.3f} to {quality[-1]:.3f}"
@@ -342,11 +352,11 @@ def control_curves(
                 [baseline["ndcg@10"]],
                 marker="*",
                 markersize=13,
-                color=_INK,
+                color=INK,
                 linestyle="none",
                 label="not steered",
             )
-            axes.axvline(baseline["share"], color=_INK, linewidth=0.6, alpha=0.4)
+            axes.axvline(baseline["share"], color=INK, linewidth=0.6, alpha=0.4)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.12)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -356,7 +366,7 @@ def control_curves(
         axes.grid()
         axes.set_title(f"{attribute}" + (f": feature {next(iter(curves))[2]}" if one_feature else ""))
         figure.legend(loc="outside lower center", ncols=2, handlelength=1.8, columnspacing=1.0)
-        return _svg(
+        return svg(
             figure,
             name or "control-" + re.sub(r"\W+", "-", attribute.lower()),
             f"Share of {attribute} against NDCG@10",
@@ -386,12 +396,12 @@ def training_curve(
     """
     if not values:
         raise ValueError("a training curve needs at least one series")
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(460, 60 + 130 * len(values))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(460, 60 + 130 * len(values))
         panels: list[Axes] = list(np.atleast_1d(figure.subplots(len(values), 1, sharex=True)))
         for number, (axes, (label, series)) in enumerate(zip(panels, values.items(), strict=True)):
             positions = range(1, len(series) + 1) if x is None else x
-            axes.plot(positions, series, color=_SERIES[number % len(_SERIES)], linewidth=1.6)
+            axes.plot(positions, series, color=SERIES[number % len(SERIES)], linewidth=1.6)
             axes.set_ylabel(label)
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.grid()
@@ -399,4 +409,4 @@ def training_curve(
         figure.align_ylabels(panels)
         figure.suptitle(title, fontsize=10.5, fontweight="bold")
         ends = ", ".join(f"{label} ends at {series[-1]:.4g}" for label, series in values.items() if len(series))
-        return _svg(figure, name, title, ends + ".")
+        return svg(figure, name, title, ends + ".")

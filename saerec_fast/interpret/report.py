@@ -358,16 +358,7 @@ def write_report(path: str | os.PathLike[str], context: ReportContext) -> None:
 
 def render_report(context: ReportContext) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=_number, estimate=_estimate, interval=_interval_text, percent=_percent, seconds=_seconds, label=_label
-    )
+    environment = page_environment()
     shows, limits = findings(context)
     page: str = environment.get_template("report.html.j2").render(
         context=context,
@@ -381,6 +372,21 @@ def render_report(context: ReportContext) -> str:
         control_attributes=_control_attributes(context.control),
     )
     return page
+
+
+def page_environment(*folders: Path) -> jinja2.Environment:
+    """Templates and number filters of the reports; ``folders`` are searched before this package's own."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=_number, estimate=_estimate, interval=_interval_text, percent=_percent, seconds=_seconds, label=_label
+    )
+    return environment
 
 
 def findings(context: ReportContext) -> tuple[list[str], list[str]]:
@@ -640,6 +646,8 @@ def _attribute_rows(part: Interpretability | None) -> list[dict[str, Any]]:
 
 
 def _number(value: Any, digits: int = 3) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int):
@@ -660,8 +668,8 @@ def _estimate(estimate: Estimate, digits: int = 3) -> str:
     return _number(estimate.value, digits) + (f" ({interval})" if interval else "")
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{share:.{digits}%}" if math.isfinite(share) else "–"
+def _percent(share: float | None, digits: int = 1) -> str:
+    return f"{share:.{digits}%}" if share is not None and math.isfinite(share) else "–"
 
 
 def _seconds(seconds: float) -> str:

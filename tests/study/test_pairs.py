@@ -51,9 +51,7 @@ def test_the_section(run: Run, tmp_path: Path) -> None:
         curves = [pair["points"], *(one["points"] for one in pair["single"])]
         for features, points in zip(ways, curves, strict=True):
             plan = SteeringPlan([Edit(j, "add", 0.5 * float(statistics.quantiles[j, -1])) for j in features])
-            metrics = evaluate_steered(
-                run.model, run.split.test, run.sae, run.site, plan, popularity=run.popularity
-            )
+            metrics = evaluate_steered(run.model, run.split.test, run.sae, run.site, plan, popularity=run.popularity)
             assert [point["strength"] for point in points] == [0.5, 2.0]
             assert points[0] == {"strength": 0.5, **pair_figures(metrics, present)}
             assert all(point["both"] <= min(point["shares"]) for point in points)

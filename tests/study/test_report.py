@@ -1,0 +1,90 @@
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from saerec_fast.study.report import StudyFacts, render_study_report, write_study_report
+
+SECTIONS = ("sweep", "interpretability", "control", "popularity", "pairs", "cases", "browser")
+VOID = {"meta", "br", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Collects ids and references, and checks that elements close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.references, self.open = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.references += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone(results, facts, tmp_path):
+    path = tmp_path / "deep" / "report.html"
+    write_study_report(path, results, facts=facts)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    places = set(page.ids) | {f"feature-{one['feature']}" for one in results["browser"]["features"]}
+    assert {value for value in page.references if not value.startswith("#")} == {"data:,"}
+    assert {value[1:] for value in page.references if value.startswith("#")} <= places
+    assert not re.search(r"url\((?!#)|@import|<img|https?://(?!www\.w3\.org/)", text)
+
+
+def test_titles_are_escaped(results, facts):
+    text = render_study_report(results, facts=facts)
+    assert "<script>alert" not in text
+    assert "A study &lt;b&gt;" in text
+    assert text.count("</script>") == 2
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_is_optional(results, facts, section):
+    alone = {section: results.pop(section)}
+    for part in (results, alone):
+        Page(render_study_report(part, facts=facts))
+        Page(render_study_report(part, facts=StudyFacts("Bare")))
+    name = "features" if section == "browser" else section
+    assert f'<section id="{name}"' in render_study_report(alone, facts=facts)
+    assert f'<section id="{name}"' not in render_study_report(results, facts=facts)
+
+
+def test_goals_say_what_was_missed(results, facts):
+    text = render_study_report(results, facts=facts)
+    assert "1 of 2 goals were reached; not reached: Correlation (wanted ≥ 0.70, found 0.50)" in text
+
+
+def test_chromium_shows_the_page(results, facts, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    write_study_report(tmp_path / "report.html", results, facts=facts)
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        + ["--enable-logging=stderr", "--dump-dom", (tmp_path / "report.html").as_uri() + "#feature-7"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    page = done.stdout
+    assert "120 of 120 features" in page
+    assert '<h3 tabindex="-1">Feature 7</h3>' in page
+    assert page.count("data-feature=") == 40
