@@ -152,7 +152,7 @@ def correlation_grid(
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label("Pearson correlation")
-        row, column = np.unravel_index(int(values.argmax()), values.shape)
+        row, column = divmod(int(values.argmax()), len(features))
         return svg(
             figure,
             name,

@@ -226,7 +226,7 @@ def _interpretability(part: Mapping[str, Any]) -> Iterable[Drawing]:
             shared.correlation_grid(
                 [heat["attributes"][row] for row in order],
                 [heat["features"][column] for column in columns],
-                values[np.ix_(order, columns)],
+                values[order][:, columns],
                 name="heat-map",
             ),
             wide=True,
