@@ -78,10 +78,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """One ``<svg>`` element with a title and a description for readers who do not see it.
-
-    It shrinks with the page but never grows beyond the size it was drawn at.
-    """
+    """One ``<svg>`` element with a title and a description for readers who do not see it."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -155,7 +152,7 @@ def correlation_grid(
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label("Pearson correlation")
-        row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+        row, column = divmod(int(values.argmax()), len(features))
         return svg(
             figure,
             name,

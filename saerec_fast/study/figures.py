@@ -214,18 +214,19 @@ def _interpretability(part: Mapping[str, Any]) -> Iterable[Drawing]:
             yield Drawing(name, "attributes", "The best direction of each for each attribute.", _dots(part, key, name))
     heat = part.get("heatmap")
     if heat and heat["attributes"]:
-        values = np.array([[np.nan if one is None else one for one in row] for row in heat["correlation"]], dtype=float)
-        order = np.argsort(-np.nanmax(values, axis=1), kind="stable")
-        columns = list(dict.fromkeys(int(np.nanargmax(values[row])) for row in order))
+        # A constant feature has no correlation; it counts as 0, as it does in the means.
+        values = np.array([[one or 0.0 for one in row] for row in heat["correlation"]])
+        order = np.argsort(-values.max(axis=1), kind="stable")
+        columns = list(dict.fromkeys(int(values[row].argmax()) for row in order))
         columns += [column for column in range(values.shape[1]) if column not in columns]
         yield Drawing(
             "heat-map",
             "heat-map",
-            "Rows: attributes, strongest first. Columns: the best feature of each. Values below 0.05 are not written out.",
+            "Rows: attributes, strongest first. Columns: best features. Values below 0.05 are left blank.",
             shared.correlation_grid(
                 [heat["attributes"][row] for row in order],
                 [heat["features"][column] for column in columns],
-                values[np.ix_(order, columns)],
+                values[order][:, columns],
                 name="heat-map",
             ),
             wide=True,

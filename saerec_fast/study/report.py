@@ -134,7 +134,8 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
     if model and others:
         relation = "above" if model["ndcg@10"] > max(others) else "not above"
         texts.append(
-            f"The recommender's NDCG@10 is {model['ndcg@10']:.3f}, {relation} that of its best baseline, {max(others):.3f}."
+            f"The recommender's NDCG@10 is {model['ndcg@10']:.3f}, {relation} that of its best baseline, "
+            f"{max(others):.3f}."
         )
     sae = _representation(sections, "sae")
     if sae:
@@ -167,7 +168,7 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
         one = min(suppressed, key=lambda one: one["share_left"])
         labels = {method["name"]: method["label"] for method in sections["control"].get("methods", [])}
         texts.append(
-            f"The strongest suppression, “{labels.get(one['method'], one['method'])}”, leaves {one['share_left']:.1%} of the "
-            f"share and {one['ndcg_kept']:.1%} of NDCG@10."
+            f"The strongest suppression, “{labels.get(one['method'], one['method'])}”, leaves "
+            f"{one['share_left']:.1%} of the share and {one['ndcg_kept']:.1%} of NDCG@10."
         )
     return texts

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Table:
     name: str
     caption: str
     columns: tuple[Column, ...]
-    rows: list[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
     on_page: bool = True
 
 

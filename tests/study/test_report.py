@@ -77,8 +77,16 @@ def test_chromium_shows_the_page(results, facts, tmp_path):
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
     write_study_report(tmp_path / "report.html", results, facts=facts)
     done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        + ["--enable-logging=stderr", "--dump-dom", (tmp_path / "report.html").as_uri() + "#feature-7"],
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            (tmp_path / "report.html").as_uri() + "#feature-7",
+        ],
         capture_output=True,
         text=True,
         check=True,
