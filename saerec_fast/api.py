@@ -366,7 +366,7 @@ def bind_steer(
     W_dec: Tensor,
     activation: Activation,
     packed: PackedWeights | None,
-) -> Callable[..., tuple[Tensor, float]] | None:
+) -> BoundSteer | None:
     """:func:`steer` with the autoencoder checked and fixed, without gradients; ``None`` where no kernel runs.
 
     What it returns trusts its arguments: CPU tensors of the weights' dtype, and plans that fit.
@@ -375,7 +375,7 @@ def bind_steer(
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     if resolve("auto", W_enc) != "cpu" or _kernels is None:
         return None
-    bound: Callable[..., tuple[Tensor, float]] = _kernels.BoundSteer(
+    bound: BoundSteer = _kernels.BoundSteer(
         W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes
     )
     return bound
