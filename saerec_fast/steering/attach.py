@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from saerec_fast.sae import SparseAutoencoder
-from saerec_fast.steering.sites import Valid, known_padding
+from saerec_fast.steering.sites import NoPadding, Valid, known_padding
 from saerec_fast.types import Edit, SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
 
@@ -260,8 +261,8 @@ class SteeringHandle:
                 _running.masks = masks[:index] + masks[index + 1 :]
                 return
 
-    def _mask_of_call(self, x: Tensor) -> Tensor:
-        """What ``valid`` said about the forward pass that runs, for hidden states ``x``: a mask or offsets."""
+    def _mask_of_call(self, x: Tensor) -> Tensor | None:
+        """What ``valid`` said of the forward pass that runs, for hidden states ``x``: a mask, offsets, or nothing."""
         expected = tuple(x.shape[:-1])
         masks = [mask for key, mask in _masks() if key == self._key]
         if not masks:
@@ -273,6 +274,8 @@ class SteeringHandle:
                 "is padding"
             )
         mask = masks[-1]
+        if mask is NoPadding:
+            return None
         if isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and x.dim() == 2 and mask.dim() == 1:
             # Looked at where that makes no device wait and no compiled graph break.
             if mask.is_cpu and not torch.compiler.is_compiling():
@@ -312,17 +315,21 @@ class SteeringHandle:
 
     def _steer(self, x: Tensor) -> Tensor:
         # A compiled graph must not depend on whether there is a plain call yet.
-        if torch.compiler.is_compiling() or _requests():
+        if is_compiling() or _requests():
             return self._steer_any(x)
-        mask = None
-        if self._valid is not None:
-            mask = next((mask for key, mask in reversed(_masks()) if key == self._key), x)  # x is no mask: not plain
-        if self._plain is not None:
-            steered = self._plain.run(x, mask)
+        plain = self._plain
+        if plain is not None:
+            mask: Any = None
+            if self._valid is not None:
+                mask = x  # which is no mask: then it is for _steer_any to say what is wrong
+                for key, of_call in _masks():  # the innermost is the last
+                    if key == self._key:
+                        mask = None if of_call is NoPadding else of_call
+            steered = plain.run(x, mask)
             if steered is not None:
                 return steered
         steered = self._steer_any(x)
-        if not torch.is_grad_enabled() and (self._plain is None or not self._plain.is_current()):
+        if not torch.is_grad_enabled() and (plain is None or not plain.is_current()):
             self._plain = self._sae.bind_steer(self._traced_plan, self._strengths)
         return steered
 
@@ -456,7 +463,7 @@ def attach(
     return SteeringHandle(path, module, sae, plan, valid, source, strengths)
 
 
-def _masks() -> tuple[tuple[int, Tensor], ...]:
+def _masks() -> tuple[tuple[int, Tensor | type[NoPadding]], ...]:
     return getattr(_running, "masks", ())
 
 
