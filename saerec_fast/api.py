@@ -375,9 +375,7 @@ def bind_steer(
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     if resolve("auto", W_enc) != "cpu" or _kernels is None:
         return None
-    bound: BoundSteer = _kernels.BoundSteer(
-        W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes
-    )
+    bound: BoundSteer = _kernels.BoundSteer(W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes)
     return bound
 
 

@@ -362,15 +362,15 @@ class BoundSteer {
   saerec::SteerParams params_;
 };
 
-// Steering of a module's output where nothing is out of the ordinary, in one call. Between two forward passes of a model
-// the caches forget interpreted code, which then costs more than the kernel; so this reads the tensors through the
-// Python C API, and allocates nothing but the output.
+// Steering of a module's output where nothing is out of the ordinary, in one call. Between two forward passes of a
+// model the caches forget interpreted code, which then costs more than the kernel; so this reads the tensors through
+// the Python C API, and allocates nothing but the output.
 class PlainSteer {
  public:
-  // bound, program and strengths (None: the plan's values; else a float32 tensor (n_edits), contiguous) as BoundSteer.run
-  // takes them. seen: (dict, name, value) for everything that they were made from; tensors among the values may not have
-  // been written to either. torch: the functions empty_like, is_grad_enabled and get_num_threads. x has to be a plain
-  // torch.Tensor, tensor_type, of dtype x_dtype, a mask one of dtype mask_dtype.
+  // bound, program and strengths (None: the plan's values; else a float32 tensor (n_edits), contiguous) as
+  // BoundSteer.run takes them. seen: (dict, name, value) for everything that they were made from; tensors among the
+  // values may not have been written to either. torch: the functions empty_like, is_grad_enabled and get_num_threads. x
+  // has to be a plain torch.Tensor, tensor_type, of dtype x_dtype, a mask one of dtype mask_dtype.
   PlainSteer(py::object bound, py::object program, py::object strengths, const py::list& seen, py::object tensor_type,
              py::object x_dtype, py::object mask_dtype, int64_t width, const py::tuple& torch)
       : bound_(std::move(bound)),

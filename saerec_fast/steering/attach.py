@@ -321,10 +321,10 @@ class SteeringHandle:
         if plain is not None:
             mask: Any = None
             if self._valid is not None:
-                mask = x  # which is no mask: then it is for _steer_any to say what is wrong
+                mask = False  # without a mask, or with a None, it is for _steer_any to say what is wrong
                 for key, of_call in _masks():  # the innermost is the last
                     if key == self._key:
-                        mask = None if of_call is NoPadding else of_call
+                        mask = None if of_call is NoPadding else False if of_call is None else of_call
             steered = plain.run(x, mask)
             if steered is not None:
                 return steered

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Valid = Callable[..., Tensor]
@@ -104,7 +103,9 @@ def _of_hstu(encoder: Any, x: Tensor, x_offsets: Tensor, *_: Any, **__: Any) -> 
     return x_offsets
 
 
-def _of_transformers(model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | type[NoPadding]:
+def _of_transformers(
+    model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor | type[NoPadding]:
     given = kwargs
     if args:
         # By place they differ between models and versions, but for the first.
