@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from saerec_fast.types import (
     inference_threshold,
 )
 from saerec_fast.types.packed import source_of
+
+if TYPE_CHECKING:
+    from saerec_fast.kernels.cpu import BoundSteer
 
 # First byte of PackedHeader.usable, see csrc/include/saerec/packed.h.
 _USABLE = 12
