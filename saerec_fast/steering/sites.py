@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Valid = Callable[..., Tensor]
-
 
 class NoPadding:
-    """What ``valid`` of a known library returns where every position is one, instead of a mask of ones."""
+    """What ``valid`` of a known library returns where no position is padding, instead of a mask of ones."""
+
+
+Valid = Callable[..., Tensor | type[NoPadding]]
 
 
 @dataclass(frozen=True)
