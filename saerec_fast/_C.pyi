@@ -1,4 +1,8 @@
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 openmp: bool
 
@@ -74,3 +78,19 @@ class BoundSteer:
         valid: int,
         threads: int,
     ) -> float: ...
+
+class PlainSteer:
+    def __init__(
+        self,
+        bound: BoundSteer,
+        program: SteerProgram,
+        strengths: Tensor | None,
+        seen: list[tuple[dict[str, Any], str, Any]],
+        tensor_type: type[Tensor],
+        x_dtype: torch.dtype,
+        mask_dtype: torch.dtype,
+        width: int,
+        torch: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
+    ) -> None: ...
+    def run(self, x: Tensor, mask: Tensor | None) -> Tensor | None: ...
+    def is_current(self) -> bool: ...

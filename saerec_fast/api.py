@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from saerec_fast.types import (
     inference_threshold,
 )
 from saerec_fast.types.packed import source_of
+
+if TYPE_CHECKING:
+    from saerec_fast.kernels.cpu import BoundSteer
 
 # First byte of PackedHeader.usable, see csrc/include/saerec/packed.h.
 _USABLE = 12
@@ -366,7 +369,7 @@ def bind_steer(
     W_dec: Tensor,
     activation: Activation,
     packed: PackedWeights | None,
-) -> Callable[..., tuple[Tensor, float]] | None:
+) -> BoundSteer | None:
     """:func:`steer` with the autoencoder checked and fixed, without gradients; ``None`` where no kernel runs.
 
     What it returns trusts its arguments: CPU tensors of the weights' dtype, and plans that fit.
@@ -375,9 +378,7 @@ def bind_steer(
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     if resolve("auto", W_enc) != "cpu" or _kernels is None:
         return None
-    bound: Callable[..., tuple[Tensor, float]] = _kernels.BoundSteer(
-        W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes
-    )
+    bound: BoundSteer = _kernels.BoundSteer(W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes)
     return bound
 
 

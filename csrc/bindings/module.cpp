@@ -362,6 +362,129 @@ class BoundSteer {
   saerec::SteerParams params_;
 };
 
+// Steering of a module's output where nothing is out of the ordinary, in one call. Between two forward passes of a
+// model the caches forget interpreted code, which then costs more than the kernel; so this reads the tensors through
+// the Python C API, and allocates nothing but the output.
+class PlainSteer {
+ public:
+  // bound, program and strengths (None: the plan's values; else a float32 tensor (n_edits), contiguous) as
+  // BoundSteer.run takes them. seen: (dict, name, value) for everything that they were made from; tensors among the
+  // values may not have been written to either. torch: the functions empty_like, is_grad_enabled and get_num_threads. x
+  // has to be a plain torch.Tensor, tensor_type, of dtype x_dtype, a mask one of dtype mask_dtype.
+  PlainSteer(py::object bound, py::object program, py::object strengths, const py::list& seen, py::object tensor_type,
+             py::object x_dtype, py::object mask_dtype, int64_t width, const py::tuple& torch)
+      : bound_(std::move(bound)),
+        program_(std::move(program)),
+        strengths_(std::move(strengths)),
+        tensor_type_(std::move(tensor_type)),
+        x_dtype_(std::move(x_dtype)),
+        mask_dtype_(std::move(mask_dtype)),
+        width_(width),
+        empty_like_(torch[0]),
+        is_grad_enabled_(torch[1]),
+        get_num_threads_(torch[2]) {
+    for (const py::handle entry : seen) {
+      const py::tuple parts = entry.cast<py::tuple>();
+      Seen one = {parts[0], parts[1], parts[2], is_tensor(parts[2].ptr()), 0, 0};
+      if (one.is_tensor) {
+        one.address = address_of(one.value);
+        one.version = number(read(one.value, version_));
+      }
+      seen_.push_back(one);
+    }
+  }
+
+  // The steered copy of x, None where anything is not as it was, or not plain; all of it is then for the caller to do.
+  py::object run(const py::object& x, const py::object& mask) const {
+    try {
+      if (!is_plain(x, x_dtype_) || is_grad_enabled_().is(py::handle(Py_True)) || !is_current()) return py::none();
+      const py::tuple shape = read(x, shape_);
+      const std::size_t dimensions = shape.size();
+      if (dimensions < 2 || dimensions > 3 || number(shape[dimensions - 1]) != width_) return py::none();
+      const auto& program = program_.cast<const SteerProgram&>();
+      const int64_t sequences = number(shape[0]), length = dimensions == 3 ? number(shape[1]) : 1;
+      if (dimensions == 2 && program.plan().positions == saerec::Positions::kLast) return py::none();
+      uintptr_t valid = 0;
+      if (!mask.is_none()) {
+        if (!is_plain(mask, mask_dtype_)) return py::none();
+        const py::tuple mask_shape = read(mask, shape_);
+        if (mask_shape.size() + 1 != dimensions || number(mask_shape[0]) != sequences) return py::none();
+        if (dimensions == 3 && number(mask_shape[1]) != length) return py::none();
+        valid = address_of(mask);
+      }
+      py::object out = empty_like_(x);
+      bound_.cast<const BoundSteer&>().run(address_of(x), sequences * length, width_, 1, length, address_of(out),
+                                           program, strengths_.is_none() ? 0 : address_of(strengths_), 0, valid,
+                                           static_cast<int>(number(get_num_threads_())));
+      return out;
+    } catch (py::error_already_set&) {
+      return py::none();  // a tensor that does not tell, as those of function transforms
+    }
+  }
+
+  // Whether nothing was replaced or written to.
+  bool is_current() const {
+    for (const Seen& one : seen_) {
+      if (PyDict_GetItemWithError(one.holder.ptr(), one.name.ptr()) != one.value.ptr()) return false;
+      if (!one.is_tensor) continue;
+      if (number(read(one.value, version_)) != one.version || address_of(one.value) != one.address) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Seen {
+    py::object holder, name, value;
+    bool is_tensor;
+    uintptr_t address;
+    int64_t version;
+  };
+
+  static int64_t number(const py::object& value) {
+    const int64_t result = PyLong_AsLongLong(value.ptr());
+    if (result == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return result;
+  }
+
+  static py::object read(const py::object& value, const py::str& attribute) {
+    return py::reinterpret_steal<py::object>(check(PyObject_GetAttr(value.ptr(), attribute.ptr())));
+  }
+
+  static py::object called(const py::object& value, const py::str& method) {
+    return py::reinterpret_steal<py::object>(check(PyObject_CallMethodNoArgs(value.ptr(), method.ptr())));
+  }
+
+  static PyObject* check(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return result;
+  }
+
+  uintptr_t address_of(const py::object& tensor) const {
+    return static_cast<uintptr_t>(number(called(tensor, data_ptr_)));
+  }
+
+  bool is_tensor(PyObject* value) const { return PyObject_TypeCheck(value, type_of(tensor_type_)) != 0; }
+
+  static PyTypeObject* type_of(const py::object& type) { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
+
+  // No subclass, which may be a stand-in without memory; contiguous, and where the kernel can read it.
+  bool is_plain(const py::object& tensor, const py::object& dtype) const {
+    return Py_TYPE(tensor.ptr()) == type_of(tensor_type_) && read(tensor, dtype_).is(dtype) &&
+           read(tensor, is_cpu_).is(py::handle(Py_True)) && called(tensor, is_contiguous_).is(py::handle(Py_True));
+  }
+
+  py::object bound_, program_, strengths_, tensor_type_, x_dtype_, mask_dtype_;
+  int64_t width_;
+  py::object empty_like_, is_grad_enabled_, get_num_threads_;
+  std::vector<Seen> seen_;
+  py::str data_ptr_ = interned("data_ptr"), version_ = interned("_version"), shape_ = interned("shape"),
+          dtype_ = interned("dtype"), is_cpu_ = interned("is_cpu"), is_contiguous_ = interned("is_contiguous");
+
+  static py::str interned(const char* name) {
+    return py::reinterpret_steal<py::str>(check(PyUnicode_InternFromString(name)));
+  }
+};
+
 const char* compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -397,6 +520,11 @@ PYBIND11_MODULE(_C, module) {
                     const py::object&, const py::object&>())
       .def("run", &BoundSteer::run)
       .def("run_each", &BoundSteer::run_each);
+  py::class_<PlainSteer>(module, "PlainSteer")
+      .def(py::init<py::object, py::object, py::object, const py::list&, py::object, py::object, py::object, int64_t,
+                    const py::tuple&>())
+      .def("run", &PlainSteer::run)
+      .def("is_current", &PlainSteer::is_current);
   module.def("sparse_training_step", &sparse_training_step);
   module.def("largest_entries", &largest_entries);
   module.def("adam_step", &adam_step);

@@ -40,6 +40,7 @@ struct CompiledPlan {
   std::vector<uint32_t> feature_ids;  // (slots), the same
   std::vector<int64_t> edit_slots;    // (n_edits), -1 for edits of `added`
   std::vector<float> slot_threshold;  // (slots), empty for top-k
+  std::vector<int32_t> slot_table;    // (n) slot of every feature or -1, where the whole dictionary is encoded
   std::vector<int64_t> added;         // features that are only added to, and directions (below 0)
   std::vector<int64_t> edit_added;    // (n_edits), place in `added`, -1 for edits of slots
   bool encodes_all = false;
@@ -78,6 +79,12 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
     }
   }
   compiled.encodes_all = plan.reconstruct || (params.k > 0 && compiled.slots() > 0);
+  if (compiled.encodes_all) {
+    compiled.slot_table.assign(static_cast<std::size_t>(params.weight_enc.rows), -1);
+    for (int64_t slot = 0; slot < compiled.slots(); ++slot) {
+      compiled.slot_table[static_cast<std::size_t>(compiled.features[slot])] = static_cast<int32_t>(slot);
+    }
+  }
   return compiled;
 }
 
@@ -268,8 +275,8 @@ class ChunkSteerer {
       }
       return;
     }
-    for_each_topk_entry([&](int64_t row, int64_t feature, float value) {
-      const int64_t slot = plan_.slot_of(feature);
+    for_each_topk_entry(false, [&](int64_t row, int64_t feature, float value) {
+      const int64_t slot = plan_.slot_table[static_cast<std::size_t>(feature)];
       if (slot >= 0) scratch_.activations[row * slots + slot] = value;
     });
   }
@@ -287,7 +294,7 @@ class ChunkSteerer {
     };
     const auto take = [&](int64_t row, int64_t feature, float value) {
       finish_rows_before(row);
-      const int64_t slot = plan_.slot_of(feature);
+      const int64_t slot = plan_.slot_table[static_cast<std::size_t>(feature)];
       if (slot >= 0) {
         scratch_.activations[row * slots + slot] = value;
       } else {
@@ -295,7 +302,7 @@ class ChunkSteerer {
       }
     };
     if (params_.k > 0) {
-      for_each_topk_entry(take);
+      for_each_topk_entry(true, take);
     } else {
       for_each_threshold_entry(take);
     }
@@ -303,9 +310,9 @@ class ChunkSteerer {
   }
 
   template <class Take>
-  void for_each_topk_entry(const Take& take) {
+  void for_each_topk_entry(bool sorted, const Take& take) {
     const TopKCandidates candidates = encode_topk_chunk(thread_encoder_scratch(), x_, weights_, 0,
-                                                        params_.weight_enc.rows, params_.k, true, nullptr, nullptr);
+                                                        params_.weight_enc.rows, params_.k, sorted, nullptr, nullptr);
     for (int64_t r = 0; r < x_.rows; ++r) {
       const float* values = candidates.values + r * candidates.capacity;
       const uint32_t* features = candidates.features + r * candidates.capacity;

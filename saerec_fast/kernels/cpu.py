@@ -400,8 +400,8 @@ class BoundSteer:
         packed: Tensor | None,
     ) -> None:
         self._kept, arguments = _autoencoder(W_enc, b_enc, b_dec, W_dec, threshold, k, packed)
-        bound = _C.BoundSteer(*arguments)
-        self._run, self._run_each = bound.run, bound.run_each
+        self._bound = _C.BoundSteer(*arguments)
+        self._run, self._run_each = self._bound.run, self._bound.run_each
 
     def __call__(
         self,
@@ -441,6 +441,28 @@ class BoundSteer:
             programs = [None if one is None else steer_program(one) for one in plan]
             relative = self._run_each(*place, programs, mask, torch.get_num_threads())
         return out, relative
+
+    def plain(
+        self, plan: SteeringPlan, values: Tensor | None, seen: list[tuple[dict[str, Any], str, Any]]
+    ) -> _C.PlainSteer:
+        """This call for one plan, for contiguous ``x`` and ``valid``, with the least that Python can do for it.
+
+        Args:
+            plan: without a mask of positions, and without a limit that has to be reported.
+            values: as above, ``(m,)``; read anew in every call.
+            seen: dictionary, key and value of everything that this object was made from.
+
+        Returns:
+            An object with ``run(x, valid)``, which returns ``None`` where one of ``seen`` was replaced or written to,
+            gradients are on, or a tensor is not what it takes.
+        """
+        weight = self._kept[0]
+        assert weight is not None
+        functions = torch.empty_like, torch.is_grad_enabled, torch.get_num_threads
+        program = steer_program(plan)
+        return _C.PlainSteer(
+            self._bound, program, values, seen, Tensor, weight.dtype, torch.bool, weight.shape[1], functions
+        )
 
 
 def steer(

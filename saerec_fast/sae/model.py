@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,10 @@ from saerec_fast.types import (
 )
 from saerec_fast.validation import check_features, check_plan
 
+if TYPE_CHECKING:
+    from saerec_fast._C import PlainSteer
+    from saerec_fast.kernels.cpu import BoundSteer
+
 _FORMAT = "saerec_fast.sae"
 _VERSION = 1
 _WEIGHTS = "sae.safetensors"
@@ -77,7 +81,7 @@ class _Bound(NamedTuple):
     key: tuple[Any, ...]
     tensors: list[Tensor]
     reconstruct: Callable[[Tensor], Tensor]
-    steer: Callable[..., tuple[Tensor, float]]
+    steer: BoundSteer
 
 
 class SparseAutoencoder(nn.Module):
@@ -405,6 +409,39 @@ class SparseAutoencoder(nn.Module):
         if relative and isinstance(plan, SteeringPlan):
             report_excess(relative, plan)
         return steered
+
+    def bind_steer(self, plan: SteeringPlan, strengths: Tensor) -> PlainSteer | None:
+        """:meth:`steer` for one plan with everything fixed but ``x`` and ``valid``: a forward pass then pays for little
+        beside the kernel.
+
+        Args:
+            plan: that fits this autoencoder.
+            strengths: float32 ``(m,)``, contiguous; read anew in every call.
+
+        Returns:
+            An object whose ``run(x, valid)`` takes ``x (B, length, d_model)`` or ``(B, d_model)`` and a bool mask or
+            ``None``. It returns ``None`` wherever it is not certain to do what :meth:`steer` does, such as with
+            gradients on, or after a parameter has changed (``is_current()`` is then false). ``None`` where no kernel
+            can do it.
+        """
+        if isinstance(plan.positions, Tensor) or not (plan.max_relative_norm is None or plan.on_excess == "clip"):
+            return None
+        if strengths.dim() != 1 or strengths.dtype != torch.float32 or not strengths.is_cpu or self.training:
+            return None
+        bound = self._bound_kernels(self.W_enc.dtype) if strengths.is_contiguous() else None
+        if bound is None:
+            return None
+        attributes = self.__dict__
+        # The kept kernels are there only as long as nobody asked for new ones.
+        names = ("training", "_activation", "_bound")
+        seen = [
+            *((attributes, name, attributes[name]) for name in names),
+            *((self._parameters, name, value) for name, value in self._parameters.items()),
+            *((self._buffers, name, value) for name, value in self._buffers.items()),
+        ]
+        plain = bound.steer.plain(plan, strengths, seen)
+        # What was seen belongs to these kernels only if they are still the ones to use.
+        return plain if self._bound_kernels(self.W_enc.dtype) is bound else None
 
     def _steer_each(self, x: Tensor, plans: Sequence[SteeringPlan | None], valid: Tensor | None) -> Tensor:
         """:meth:`steer` plan by plan."""

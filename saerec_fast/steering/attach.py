@@ -10,16 +10,20 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from saerec_fast.sae import SparseAutoencoder
-from saerec_fast.steering.sites import Valid, known_padding
+from saerec_fast.steering.sites import NoPadding, Valid, known_padding
 from saerec_fast.types import Edit, SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
+
+if TYPE_CHECKING:
+    from saerec_fast._C import PlainSteer
 
 Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
@@ -50,6 +54,8 @@ class SteeringHandle:
     _traced_plan: SteeringPlan
     _strengths: Tensor
     _owns_strengths: bool
+    # The handle's own plan as one call, made by the first forward pass that could have used it.
+    _plain: PlainSteer | None
 
     def __init__(
         self,
@@ -202,6 +208,9 @@ class SteeringHandle:
             f"positions={positions!r}, attached={self._attached})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plain": None}
+
     def _check_attached(self) -> None:
         if not self._attached:
             raise RuntimeError(f"the handle on {self._site!r} is detached; attach again")
@@ -213,6 +222,7 @@ class SteeringHandle:
         if isinstance(positions, Tensor):
             positions = _own_copy(positions)
         self._plan = plan
+        self._plain = None
         # The hook reads structure and mask from a plan of its own, which stays the same object while only values
         # change: compiled code then has nothing new to look at.
         self._traced_plan = plan.at_positions(positions)
@@ -221,6 +231,7 @@ class SteeringHandle:
 
     def _adopt(self, strengths: Tensor) -> None:
         # Strengths that are being learnt must be the caller's own tensor, or no gradient would reach it.
+        self._plain = None
         self._owns_strengths = not strengths.requires_grad
         self._strengths = _own_copy(strengths) if self._owns_strengths else strengths
 
@@ -245,13 +256,13 @@ class SteeringHandle:
     def _forget_mask(self) -> None:
         """Drop the innermost mask of this handle in this thread."""
         masks = _masks()
-        for index in reversed(range(len(masks))):
+        for index in range(len(masks) - 1, -1, -1):
             if masks[index][0] == self._key:
                 _running.masks = masks[:index] + masks[index + 1 :]
                 return
 
-    def _mask_of_call(self, x: Tensor) -> Tensor:
-        """What ``valid`` said about the forward pass that runs, for hidden states ``x``: a mask or offsets."""
+    def _mask_of_call(self, x: Tensor) -> Tensor | None:
+        """What ``valid`` said of the forward pass that runs, for hidden states ``x``: a mask, offsets, or nothing."""
         expected = tuple(x.shape[:-1])
         masks = [mask for key, mask in _masks() if key == self._key]
         if not masks:
@@ -263,6 +274,8 @@ class SteeringHandle:
                 "is padding"
             )
         mask = masks[-1]
+        if mask is NoPadding:
+            return None
         if isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and x.dim() == 2 and mask.dim() == 1:
             # Looked at where that makes no device wait and no compiled graph break.
             if mask.is_cpu and not torch.compiler.is_compiling():
@@ -301,6 +314,26 @@ class SteeringHandle:
         )
 
     def _steer(self, x: Tensor) -> Tensor:
+        # A compiled graph must not depend on whether there is a plain call yet.
+        if is_compiling() or _requests():
+            return self._steer_any(x)
+        plain = self._plain
+        if plain is not None:
+            mask: Any = None
+            if self._valid is not None:
+                mask = False  # without a mask, or with a None, it is for _steer_any to say what is wrong
+                for key, of_call in _masks():  # the innermost is the last
+                    if key == self._key:
+                        mask = None if of_call is NoPadding else False if of_call is None else of_call
+            steered = plain.run(x, mask)
+            if steered is not None:
+                return steered
+        steered = self._steer_any(x)
+        if not torch.is_grad_enabled() and (plain is None or not plain.is_current()):
+            self._plain = self._sae.bind_steer(self._traced_plan, self._strengths)
+        return steered
+
+    def _steer_any(self, x: Tensor) -> Tensor:
         sae, plan = self._sae, self._traced_plan
         if x.dim() < 2 or x.shape[-1] != sae.d_model:
             raise ValueError(
@@ -430,7 +463,7 @@ def attach(
     return SteeringHandle(path, module, sae, plan, valid, source, strengths)
 
 
-def _masks() -> tuple[tuple[int, Tensor], ...]:
+def _masks() -> tuple[tuple[int, Tensor | type[NoPadding]], ...]:
     return getattr(_running, "masks", ())
 
 

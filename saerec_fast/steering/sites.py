@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-Valid = Callable[..., Tensor]
+
+class NoPadding:
+    """What ``valid`` of a known library returns where no position is padding, instead of a mask of ones."""
+
+
+Valid = Callable[..., Tensor | type[NoPadding]]
 
 
 @dataclass(frozen=True)
@@ -100,18 +104,22 @@ def _of_hstu(encoder: Any, x: Tensor, x_offsets: Tensor, *_: Any, **__: Any) -> 
     return x_offsets
 
 
-def _of_transformers(model: Any, *args: Any, **kwargs: Any) -> Tensor:
-    # By place they differ between models and versions, but for the first.
-    names = ["input_ids"] if len(args) < 2 else list(inspect.signature(model.forward).parameters)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    tokens, mask = given.get("input_ids"), given.get("attention_mask")
-    shaped = tokens if tokens is not None else given["inputs_embeds"][..., 0]
+def _of_transformers(
+    model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor | type[NoPadding]:
+    given = kwargs
+    if args:
+        # By place they differ between models and versions, but for the first.
+        names = list(inspect.signature(model.forward).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         # With a cache it covers the positions before these too.
-        return mask[:, mask.shape[1] - shaped.shape[1] :] != 0
-    if tokens is not None and model.config.pad_token_id is not None:
-        return tokens != model.config.pad_token_id
-    return torch.ones(shaped.shape[:2], dtype=torch.bool, device=shaped.device)
+        length = (given["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+        return mask[:, mask.shape[1] - length :] != 0
+    if input_ids is not None and (padding := model.config.pad_token_id) is not None:
+        return input_ids != padding
+    return NoPadding
 
 
 _PMIXER: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -607,6 +608,130 @@ class TestRequest:
         handle.detach()
         with pytest.raises(RuntimeError, match="detached"), handle.request(self.OTHER):
             pass
+
+
+class TestPlainCall:
+    """What one bound call does of a handle's own plan must be what is done without it, whatever changes."""
+
+    @staticmethod
+    def reference(model: Model, sae: SparseAutoencoder, plan: SteeringPlan, **options: Any) -> Tensor:
+        block = copy.deepcopy(model.blocks[0])
+        block._forward_hooks.clear()
+        return from_block_0(model, sae.steer(block(model.embedding(TOKENS)), plan, **options))
+
+    @pytest.fixture(autouse=True)
+    def _without_gradients(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    def test_is_bound_by_the_first_pass_and_used_by_the_second(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan(EDITS)
+        expected = self.reference(model, sae, plan, valid=is_item(TOKENS))
+        with attach(model, "blocks.0", sae, plan, valid=is_item) as handle:
+            first = model(TOKENS)
+            assert handle._plain is not None
+            assert handle._plain.is_current()
+            handle._steer_any = None  # type: ignore[method-assign, assignment]  # only the bound call is left
+            assert same_bits(model(TOKENS), first)
+            assert torch.equal(first, expected)
+
+    @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "mean", "std"])
+    @pytest.mark.parametrize("how", ["written to", "data replaced", "object replaced"])
+    def test_changed_weights_are_noticed(self, model: Model, name: str, how: str) -> None:
+        sae = make_sae(mean=0.3, std=1.7)
+        plan = SteeringPlan(EDITS, mode="reconstruct")
+        handle = attach(model, "blocks.0", sae, plan)
+        before = [model(TOKENS) for _ in range(3)][-1]
+        changed = getattr(sae, name) * 1.5
+        if how == "written to":
+            getattr(sae, name).copy_(changed)
+        elif how == "data replaced":
+            getattr(sae, name).data = changed
+        else:
+            setattr(sae, name, nn.Parameter(changed) if name[1] == "_" else changed)
+        after = model(TOKENS)
+        handle.detach()
+        assert not same_bits(after, before)
+        assert same_bits(after, self.reference(model, sae, plan))
+
+    def test_changed_activation_and_mode_are_noticed(self, model: Model) -> None:
+        sae, plan = make_sae(TopK(2)), SteeringPlan(EDITS)
+        handle = attach(model, "blocks.0", sae, plan)
+        for change in (
+            lambda: setattr(sae, "activation", TopK(20)),
+            lambda: setattr(sae, "activation", JumpReLU(torch.full((N_FEATURES,), 0.4))),
+            lambda: sae.threshold.fill_(0.0),
+            sae.train,
+            sae.eval,
+        ):
+            model(TOKENS), model(TOKENS)
+            change()
+            steered = model(TOKENS)
+            torch.testing.assert_close(steered, self.reference(model, sae, plan))
+        handle.detach()
+
+    def test_follows_updates_and_requests(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan, other = SteeringPlan(EDITS), SteeringPlan([Edit(4, "set", 6.0)], positions="last")
+        with attach(model, "blocks.0", sae, plan) as handle:
+            own = [model(TOKENS) for _ in range(2)][-1]
+            handle.strengths.mul_(2.0)
+            strengths = torch.tensor(plan.values) * 2.0
+            assert same_bits(model(TOKENS), self.reference(model, sae, plan, strengths=strengths))
+            with handle.request(other):
+                assert same_bits(model(TOKENS), self.reference(model, sae, other))
+            handle.update(plan)
+            assert same_bits(model(TOKENS), own)
+            handle.update(other)
+            for _ in range(2):
+                assert same_bits(model(TOKENS), self.reference(model, sae, other))
+            handle.update(strengths=torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+            rows = [model(TOKENS) for _ in range(2)][-1]
+            handle.update(strengths=[2.0])
+            assert same_bits(model(TOKENS)[1], rows[1])
+
+    def test_what_is_not_plain_after_what_was(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan(EDITS)
+        host = nn.Sequential(nn.Identity())
+        with attach(host, "0", sae, plan):
+            x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+            for _ in range(2):
+                expected = host(x)
+            assert same_bits(host(x.transpose(0, 1)), expected.transpose(0, 1).contiguous())
+            torch.testing.assert_close(host(x.unsqueeze(0))[0], expected)
+            assert same_bits(host(x[0]), expected[0])
+            with pytest.raises(ValueError, match="returned shape"):
+                host(x[..., :5])
+            with torch.enable_grad():
+                assert host(x.requires_grad_()).requires_grad
+            x = x.detach()
+            x[1, 2, 3] = torch.nan
+            with_nan = host(x)
+            assert with_nan[1, 2].isnan().all()
+            others = torch.ones(3, 4, dtype=torch.bool)
+            others[1, 2] = False
+            assert same_bits(with_nan[others], expected[others])
+
+    @pytest.mark.parametrize("valid", [lambda tokens: tokens, lambda tokens: None, lambda tokens: tokens[:, 1:] != 0])
+    def test_a_wrong_mask_after_a_right_one(self, model: Model, sae: SparseAutoencoder, valid: Any) -> None:
+        masks = iter([is_item, is_item, valid])
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=lambda tokens: next(masks)(tokens)):
+            model(TOKENS), model(TOKENS)
+            with pytest.raises((TypeError, ValueError), match="valid: expected"):
+                model(TOKENS)
+
+    def test_copies_and_pickles_bind_their_own(self, model: Model, sae: SparseAutoencoder) -> None:
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item) as handle:
+            steered = [model(TOKENS) for _ in range(2)][-1]
+            assert handle._plain is not None
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert all(same_bits(twin(TOKENS), steered) for _ in range(2))
+
+    def test_warnings_of_a_limit_come_every_time(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan([Edit(2, "add", 100.0)], max_relative_norm=0.5, on_excess="reject")
+        with attach(model, "blocks.0", sae, plan):
+            for _ in range(3):
+                with pytest.raises(ValueError, match="times its norm"):
+                    model(TOKENS)
 
 
 class TestCompiled:
