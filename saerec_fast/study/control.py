@@ -113,6 +113,9 @@ def measure(run: Run, settings: StudyControlSettings, folder: Path) -> dict[str,
     known = {method.name for method in (*UP, *DOWN)}
     if unknown := set(settings.methods) - known:
         raise ValueError(f"methods: expected names among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    names = run.result("data")["attributes"]
+    if unknown := set(settings.attributes) - set(names):
+        raise ValueError(f"attributes: expected names among {', '.join(names)}, got {', '.join(sorted(unknown))}")
     sample = _ranking(run, run.sae_users, settings.sample_users, settings.seed)
     test = _ranking(run, run.split.test, settings.test_users, settings.seed)
     maker = PlanMaker(run, sample, n_several=settings.n_several, ridge=settings.ridge)

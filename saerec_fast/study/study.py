@@ -44,7 +44,6 @@ def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[s
         command=command,
         data=described,
         recommender=recommenders,
-        sae=quality,
         goals=reached,
         times={name: run.seconds(name) for name in names},
         settings={**run.settings(), **{name: asdict(chosen) for name, chosen in settings.sections.items()}},
@@ -60,7 +59,7 @@ def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[s
         "command": command,
     }
     write_json(run.folder / "study.json", study)
-    write_tables(run.folder / "tables", results)
+    write_tables(run.folder / "tables", {**results, "data": described, "recommender": recommenders})
     write_figures(run.folder / "figures", results)
     write_study_report(run.folder / "report.html", results, facts=facts)
     return study

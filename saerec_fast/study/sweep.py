@@ -57,8 +57,8 @@ class SweepSettings:
         ("batch_topk", (8, 16, 32, 64)),
     )
     line: tuple[tuple[str, tuple[float, ...]], ...] = (
-        ("jump_relu", (0.01, 0.03, 0.1, 0.3)),
-        ("gated", (0.2, 0.4, 0.8, 1.6)),
+        ("jump_relu", (0.02, 0.05, 0.15, 0.4)),
+        ("gated", (0.6, 1.0, 2.0, 4.0)),
     )
     sites: bool = True
 

@@ -251,7 +251,7 @@ def test_what_is_cut_off_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.M
 def test_unknown_names_are_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"methods: expected names among .*, got nothing_known"):
         measure(run, replace(QUICK, methods=("nothing_known",)), tmp_path)
-    with pytest.raises(ValueError, match="attribute"):
+    with pytest.raises(ValueError, match=r"attributes: expected names among .*, got nothing"):
         measure(run, replace(QUICK, attributes=("nothing",)), tmp_path)
 
 
