@@ -398,8 +398,9 @@ def _monosemanticity(run: Run, settings: InterpretabilitySettings) -> dict[str, 
         )
     }
     for name, top in tops.items():
+        items_of = [[example.item for example in top.examples(feature)] for feature in range(top.n_features)]
         found = attribute_entropy(
-            [[example.item for example in top.examples(feature)] for feature in range(top.n_features)],
+            items_of,
             attributes,
             occurrences,
             minimum_items=settings.minimum_items,
@@ -412,6 +413,8 @@ def _monosemanticity(run: Run, settings: InterpretabilitySettings) -> dict[str, 
             "share_below_0.5": (found.normalised < 0.5).mean() if len(found.entropy) else None,
             "features": len(found.entropy),
             "left_out": found.left_out,
+            # Directions that share their strongest items, as those of outlying rows do, share their entropy too.
+            "distinct_items": len({item for items in items_of for item in items}),
             "histogram": _histogram(found.normalised, _ENTROPY_EDGES),
         }
     return result

@@ -205,6 +205,7 @@ def test_entropies_are_there_for_all_three(run: Run, measured: tuple[Path, dict]
         assert one["features"] + one["left_out"] == n_features
         assert sum(one["histogram"]["counts"]) == one["features"]
         assert 0 < one["mean_entropy_bits"] <= math.log2(4)
+        assert SETTINGS.top_items <= one["distinct_items"] <= run.split.n_items
     # The tastes of generated users show in random directions less than in features that were learned.
     assert found["random"]["left_out"] == 0
     assert found["sae"]["normalised"] < found["random"]["normalised"]
