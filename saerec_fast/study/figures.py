@@ -228,6 +228,7 @@ def _interpretability(part: Mapping[str, Any]) -> Iterable[Drawing]:
                 [heat["features"][column] for column in columns],
                 values[order][:, columns],
                 name="heat-map",
+                cell_size=8.5,
             ),
             wide=True,
         )
