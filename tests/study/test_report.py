@@ -39,6 +39,7 @@ def test_page_stands_alone(results, facts, tmp_path):
     path = tmp_path / "deep" / "report.html"
     write_study_report(path, results, facts=facts)
     text = path.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
@@ -82,6 +83,7 @@ def test_chromium_shows_the_page(results, facts, tmp_path):
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-background-networking",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--enable-logging=stderr",
             "--dump-dom",
@@ -91,6 +93,7 @@ def test_chromium_shows_the_page(results, facts, tmp_path):
         text=True,
         check=True,
     )
+    # The page's policy forbids every request: one that is tried is an error on the console.
     assert "CONSOLE" not in done.stderr
     page = done.stdout
     assert "120 of 120 features" in page
