@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from saerec_fast.files import write_text
 from saerec_fast.interpret import figures as shared
 from saerec_fast.interpret.figures import GREY, INK, MARKERS, SERIES, new_figure, svg
-from saerec_fast.study.tables import slug
+from saerec_fast.study.tables import ranked_methods, reached, relative, slug
 
 WIDTH = 410
 _SMALLEST = 9.5  # points, 12.7 px
@@ -325,19 +325,19 @@ def _histograms(histograms: Mapping[str, Mapping[str, Any]], label: str, name: s
 
 def _control(control: Mapping[str, Any]) -> Iterable[Drawing]:
     labels = {one["name"]: one["label"] for one in control.get("methods", [])}
-    at_share = control.get("at_share") or {"methods": []}
-    kept = {one["method"]: one["ndcg_kept"] for one in at_share["methods"] if one["ndcg_kept"][0] is not None}
-    ranked = sorted(kept, key=lambda method: -kept[method][0])
+    at_share = control.get("at_share") or {}
     reference = at_share.get("reference")
-    drawn = list(dict.fromkeys([*([reference] if reference else []), *ranked]))[:5]
-    if kept:
-        rows = [(labels.get(method, method), kept[method]) for method in ranked]
-        text = f"NDCG@10 kept at {at_share.get('multiple', 1):g} times the share"
+    ranked = [one for one in ranked_methods(control) if relative(one)[0] is not None]
+    drawn = list(dict.fromkeys([*([reference] if reference else []), *(one["method"] for one in ranked)]))[:5]
+    if ranked:
+        rows = [(f"{labels.get(one['method'], one['method'])} ({reached(one)})", relative(one)) for one in ranked]
+        text = f"NDCG@10 kept at {at_share.get('multiple', 1):g} times the share, reference = 1"
         yield Drawing(
             "control-at-share",
             "at-share",
-            "Mean over attributes, 95 % intervals over users.",
-            _intervals(rows, text, "control-at-share", text, percent=True),
+            "In brackets: how many attributes the method brings to that share; those that bring most come first. Mean over "
+            "the attributes that the reference reaches too, 95 % intervals over users.",
+            _intervals(rows, text, "control-at-share", text),
         )
     curves = control.get("curves", [])
     for attribute in dict.fromkeys(curve["attribute"] for curve in curves):
