@@ -335,8 +335,8 @@ def _control(control: Mapping[str, Any]) -> Iterable[Drawing]:
         yield Drawing(
             "control-at-share",
             "at-share",
-            "In brackets: how many attributes the method brings to that share; those that bring most come first. Mean over "
-            "the attributes that the reference reaches too, 95 % intervals over users.",
+            "In brackets: how many attributes the method brings to that share; those that bring most come first. Mean "
+            "over the attributes that the reference reaches too, 95 % intervals over users.",
             _intervals(rows, text, "control-at-share", text),
         )
     curves = control.get("curves", [])

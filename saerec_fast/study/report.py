@@ -153,7 +153,7 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
         beside = relative(best[1])[0]
         text = (
             f"“{best[0]}” brings {reached(best[1])} of {len(best[1].get('attributes') or {})} attributes to "
-            f"{at_share.get('multiple', 1):g} times their share and keeps {best[1]['ndcg_kept'][0]:.1%} of NDCG@10 there"
+            f"{at_share.get('multiple', 1):g} times their share and keeps {best[1]['ndcg_kept'][0]:.1%} of NDCG@10"
         )
         if beside is not None and best[1]["method"] != at_share.get("reference"):
             text += f", {beside:.2f} times what the reference method keeps where both reach it"

@@ -356,8 +356,8 @@ def _control(control: Mapping[str, Any]) -> Iterable[Table]:
     at_share = control.get("at_share") or {"methods": []}
     yield Table(
         "control_at_share",
-        "NDCG@10 kept at the same share: mean over the attributes that a method brings there, which are not the same for "
-        "all; relative to the reference: over the attributes that both do.",
+        "NDCG@10 kept at the same share: mean over the attributes that a method brings there, which are not the same "
+        "for all; relative to the reference: over the attributes that both do.",
         _columns(
             ("label", "Method"),
             ("reached", "Attributes reached", "number"),
