@@ -7,6 +7,7 @@ is as wide as its features ask and scrolls in its frame.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,15 +95,21 @@ def _intervals(
     percent: bool = False,
 ) -> str:
     """One bar per row from ``base``, its interval as a line, its name above it: long names fit a phone that way."""
-    figure, axes = _panel(64 + 38 * len(rows))
+    shown = [
+        textwrap.fill(f"{text}: " + (f"{values[0]:.1%}" if percent else f"{values[0]:.3f}"), 56)
+        for text, values in rows
+    ]
+    lines = max(text.count("\n") + 1 for text in shown)
+    figure, axes = _panel(64 + (16 + 20 * lines) * len(rows))
     axes.grid(visible=False, axis="y")
-    for place, (text, (value, low, high)) in enumerate(rows):
+    for place, (text, (_, (value, low, high))) in enumerate(zip(shown, rows, strict=True)):
         height = len(rows) - 1 - place
-        axes.barh(height, value - base, left=base, height=0.34, color=SERIES[0] if place == 0 else "#7aa6c2")
+        axes.barh(height, value - base, left=base, height=0.3, color=SERIES[0] if place == 0 else "#7aa6c2")
         if low is not None and high is not None:
             axes.plot([low, high], [height, height], color=INK, linewidth=1.4)
-        shown = f"{value:.1%}" if percent else f"{value:.3f}"
-        axes.text(0.0, height + 0.22, f"{text}: {shown}", transform=axes.get_yaxis_transform(), va="bottom")
+        label_above = axes.text(0.0, height + 0.18, text, transform=axes.get_yaxis_transform(), va="bottom")
+        # The layout would narrow the panel for a long name.
+        label_above.set_in_layout(False)
     axes.set_ylim(-0.4, len(rows) - 0.25)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
