@@ -124,9 +124,15 @@ def heat_map(
 
 
 def correlation_grid(
-    attributes: Sequence[str], features: Sequence[int], values: np.ndarray, *, name: str, what: str = "Feature"
+    attributes: Sequence[str],
+    features: Sequence[int],
+    values: np.ndarray,
+    *,
+    name: str,
+    what: str = "Feature",
+    cell_size: float = 7.5,
 ) -> str:
-    """Correlations, ``(attributes, features)``, as coloured cells; the arguments are those of :func:`heat_map`."""
+    """Correlations, ``(attributes, features)``, as coloured cells with numbers of ``cell_size`` points."""
     with matplotlib.rc_context(STYLE):
         figure = new_figure(190 + 38 * len(features), 110 + 27 * len(attributes))
         axes = figure.add_subplot()
@@ -148,7 +154,7 @@ def correlation_grid(
                 if abs(value) >= 0.05:
                     colour = "white" if abs(value) > 0.65 * limit else "black"
                     shown = f"{value:.2f}".replace("0.", ".").replace("-", "−")
-                    axes.text(column, row, shown, ha="center", va="center", fontsize=7.5, color=colour)
+                    axes.text(column, row, shown, ha="center", va="center", fontsize=cell_size, color=colour)
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label("Pearson correlation")

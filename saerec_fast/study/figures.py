@@ -7,6 +7,7 @@ is as wide as its features ask and scrolls in its frame.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from saerec_fast.files import write_text
 from saerec_fast.interpret import figures as shared
 from saerec_fast.interpret.figures import GREY, INK, MARKERS, SERIES, new_figure, svg
-from saerec_fast.study.tables import slug
+from saerec_fast.study.tables import ranked_methods, reached, relative, slug
 
 WIDTH = 410
 _SMALLEST = 9.5  # points, 12.7 px
@@ -94,15 +95,21 @@ def _intervals(
     percent: bool = False,
 ) -> str:
     """One bar per row from ``base``, its interval as a line, its name above it: long names fit a phone that way."""
-    figure, axes = _panel(64 + 38 * len(rows))
+    shown = [
+        textwrap.fill(f"{text}: " + (f"{values[0]:.1%}" if percent else f"{values[0]:.3f}"), 56)
+        for text, values in rows
+    ]
+    lines = max(text.count("\n") + 1 for text in shown)
+    figure, axes = _panel(64 + (16 + 20 * lines) * len(rows))
     axes.grid(visible=False, axis="y")
-    for place, (text, (value, low, high)) in enumerate(rows):
+    for place, (text, (_, (value, low, high))) in enumerate(zip(shown, rows, strict=True)):
         height = len(rows) - 1 - place
-        axes.barh(height, value - base, left=base, height=0.34, color=SERIES[0] if place == 0 else "#7aa6c2")
+        axes.barh(height, value - base, left=base, height=0.3, color=SERIES[0] if place == 0 else "#7aa6c2")
         if low is not None and high is not None:
             axes.plot([low, high], [height, height], color=INK, linewidth=1.4)
-        shown = f"{value:.1%}" if percent else f"{value:.3f}"
-        axes.text(0.0, height + 0.22, f"{text}: {shown}", transform=axes.get_yaxis_transform(), va="bottom")
+        label_above = axes.text(0.0, height + 0.18, text, transform=axes.get_yaxis_transform(), va="bottom")
+        # The layout would narrow the panel for a long name.
+        label_above.set_in_layout(False)
     axes.set_ylim(-0.4, len(rows) - 0.25)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -228,6 +235,7 @@ def _interpretability(part: Mapping[str, Any]) -> Iterable[Drawing]:
                 [heat["features"][column] for column in columns],
                 values[order][:, columns],
                 name="heat-map",
+                cell_size=8.5,
             ),
             wide=True,
         )
@@ -324,19 +332,19 @@ def _histograms(histograms: Mapping[str, Mapping[str, Any]], label: str, name: s
 
 def _control(control: Mapping[str, Any]) -> Iterable[Drawing]:
     labels = {one["name"]: one["label"] for one in control.get("methods", [])}
-    at_share = control.get("at_share") or {"methods": []}
-    kept = {one["method"]: one["ndcg_kept"] for one in at_share["methods"] if one["ndcg_kept"][0] is not None}
-    ranked = sorted(kept, key=lambda method: -kept[method][0])
+    at_share = control.get("at_share") or {}
     reference = at_share.get("reference")
-    drawn = list(dict.fromkeys([*([reference] if reference else []), *ranked]))[:5]
-    if kept:
-        rows = [(labels.get(method, method), kept[method]) for method in ranked]
-        text = f"NDCG@10 kept at {at_share.get('multiple', 1):g} times the share"
+    ranked = [one for one in ranked_methods(control) if relative(one)[0] is not None]
+    drawn = list(dict.fromkeys([*([reference] if reference else []), *(one["method"] for one in ranked)]))[:5]
+    if ranked:
+        rows = [(f"{labels.get(one['method'], one['method'])} ({reached(one)})", relative(one)) for one in ranked]
+        text = f"NDCG@10 kept at {at_share.get('multiple', 1):g} times the share, reference = 1"
         yield Drawing(
             "control-at-share",
             "at-share",
-            "Mean over attributes, 95 % intervals over users.",
-            _intervals(rows, text, "control-at-share", text, percent=True),
+            "In brackets: how many attributes the method brings to that share; those that bring most come first. Mean "
+            "over the attributes that the reference reaches too, 95 % intervals over users.",
+            _intervals(rows, text, "control-at-share", text),
         )
     curves = control.get("curves", [])
     for attribute in dict.fromkeys(curve["attribute"] for curve in curves):

@@ -20,7 +20,7 @@ from saerec_fast.files import write_text
 from saerec_fast.interpret.report import page_environment
 from saerec_fast.interpret.statistics import Estimate
 from saerec_fast.study.figures import Drawing, study_figures
-from saerec_fast.study.tables import study_tables
+from saerec_fast.study.tables import ranked_methods, reached, relative, study_tables
 
 _HERE = Path(__file__).parent
 
@@ -98,14 +98,13 @@ def _representation(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]
 
 
 def _best_method(sections: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The method of control that :func:`ranked_methods` puts first, with its label."""
     control = sections.get("control", {})
-    methods = (control.get("at_share") or {}).get("methods", [])
-    known = [one for one in methods if one["ndcg_kept"][0] is not None]
+    known = [one for one in ranked_methods(control) if one["ndcg_kept"][0] is not None]
     if not known:
         return None
-    best = max(known, key=lambda one: one["ndcg_kept"][0])
     labels = {one["name"]: one["label"] for one in control.get("methods", [])}
-    return labels.get(best["method"], best["method"]), best
+    return labels.get(known[0]["method"], known[0]["method"]), known[0]
 
 
 def _headlines(sections: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -151,16 +150,14 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
     best = _best_method(sections)
     if best:
         at_share = sections["control"]["at_share"]
-        relative = best[1].get("relative_to_reference")
-        texts.append(
-            f"At {at_share.get('multiple', 1):g} times an attribute's share, “{best[0]}” keeps the most NDCG@10: "
-            f"{best[1]['ndcg_kept'][0]:.1%}"
-            + (
-                f", {relative:.2f} times what the reference method keeps."
-                if relative is not None and best[1]["method"] != at_share.get("reference")
-                else "."
-            )
+        beside = relative(best[1])[0]
+        text = (
+            f"“{best[0]}” brings {reached(best[1])} of {len(best[1].get('attributes') or {})} attributes to "
+            f"{at_share.get('multiple', 1):g} times their share and keeps {best[1]['ndcg_kept'][0]:.1%} of NDCG@10"
         )
+        if beside is not None and best[1]["method"] != at_share.get("reference"):
+            text += f", {beside:.2f} times what the reference method keeps where both reach it"
+        texts.append(text + ".")
     suppressed = [
         one for one in sections.get("control", {}).get("suppression_summary", []) if one["share_left"] is not None
     ]
