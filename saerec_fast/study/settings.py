@@ -48,7 +48,7 @@ def study_settings(data: str, *, quick: bool = False, seed: int = 0) -> StudySet
     small = is_small(data)
     recommender, sae = recommender_settings(small, seed), sae_settings(small, seed)
     base = replace(sae, steps=min(_SWEEP_STEPS, sae.steps))
-    whole = {
+    sections: dict[str, Any] = {
         "sweep": sweep.SweepSettings(base),
         "interpretability": interpretability.InterpretabilitySettings(),
         "browser": browser.BrowserSettings(),
@@ -60,5 +60,5 @@ def study_settings(data: str, *, quick: bool = False, seed: int = 0) -> StudySet
     if quick:
         recommender = replace(recommender, epochs=min(_QUICK_EPOCHS, recommender.epochs))
         sae = replace(sae, steps=min(_QUICK_STEPS, sae.steps))
-        whole = {name: settings.quick() for name, settings in whole.items()}
-    return StudySettings(data_settings(data, small, seed), recommender, activation_settings(small), sae, whole)
+        sections = {name: settings.quick() for name, settings in sections.items()}
+    return StudySettings(data_settings(data, small, seed), recommender, activation_settings(small), sae, sections)
