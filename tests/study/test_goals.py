@@ -17,11 +17,20 @@ def point(name: str, explained: float, l0: float, correlation: float, auc: float
     }
 
 
-def control(relative: dict[str, float | None], suppression: dict[str, tuple[float, float]]) -> dict:
+def control(chosen: str, relative: dict[str, float | None], suppression: dict[str, tuple[float, float]]) -> dict:
     return {
         "at_share": {
             "multiple": 6.0,
-            "methods": [{"method": name, "relative_to_reference": value} for name, value in relative.items()],
+            "chosen": chosen,
+            "methods": [
+                {
+                    "method": name,
+                    "relative_to_reference": value,
+                    "relative_interval": [value, None, None],
+                    "attributes": {"Horror": value},
+                }
+                for name, value in relative.items()
+            ],
         },
         "suppression_summary": [
             {"method": name, "share_left": left, "ndcg_kept": kept} for name, (left, kept) in suppression.items()
@@ -52,21 +61,23 @@ def test_only_saes_that_are_faithful_and_sparse_count_for_interpretability() -> 
     assert "both" in goal["found"]
 
 
-def test_control_takes_the_best_method_that_was_measured() -> None:
-    result = control({"reference": 1.0, "several": 1.12, "unmeasured": None}, {"zero": (0.89, 1.0)})
+def test_control_takes_the_method_that_other_users_chose() -> None:
+    result = control("several", {"reference": 1.0, "several": 1.12, "best here": 1.3}, {"zero": (0.89, 1.0)})
     share, suppression = goals({"control": result}, reconstruction_kept=1)[1:]
     assert share["reached"]
     assert "several" in share["found"]
     assert not suppression["reached"]
     assert "89%" in suppression["found"]
+    result = control("unmeasured", {"reference": 1.0, "unmeasured": None}, {})
+    assert len(goals({"control": result}, reconstruction_kept=1)) == 1
 
 
 def test_of_methods_that_suppress_enough_the_gentlest_counts() -> None:
-    result = control({}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8), "gentle": (0.25, 0.97)})
+    result = control("", {}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8), "gentle": (0.25, 0.97)})
     (suppression,) = goals({"control": result}, reconstruction_kept=1)[1:]
     assert suppression["reached"]
     assert "gentle" in suppression["found"]
-    result = control({}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8)})
+    result = control("", {}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8)})
     (suppression,) = goals({"control": result}, reconstruction_kept=1)[1:]
     assert not suppression["reached"]
     assert "harsh" in suppression["found"]
