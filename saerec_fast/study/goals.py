@@ -66,9 +66,9 @@ def _control(control: Mapping[str, Any]) -> list[dict[str, Any]]:
         reached = sum(one is not None for one in chosen["attributes"].values())
         found.append(
             {
-                "goal": f"Steering to {at_share['multiple']:g} times an attribute's share costs less ranking quality",
+                "goal": f"Steering to {at_share['multiple']:g} times an attribute's share costs less ranking",
                 "wanted": f"{LEAD_AT_SHARE:.2f} × the NDCG@10 kept by setting one feature at all positions",
-                "found": f"{chosen['relative_to_reference']:.2f} ×{span} ({chosen['method']}, over {reached} attributes)",
+                "found": f"{chosen['relative_to_reference']:.2f} ×{span} ({chosen['method']}, {reached} attributes)",
                 "reached": chosen["relative_to_reference"] >= LEAD_AT_SHARE,
             }
         )
