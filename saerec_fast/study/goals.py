@@ -11,11 +11,12 @@ LEAD_AT_SHARE = 1.10
 SHARE_LEFT, NDCG_KEPT_BY_SUPPRESSION = 0.25, 0.97
 
 
-def goals(results: Mapping[str, Any], *, reconstruction_kept: float) -> list[dict[str, Any]]:
+def goals(results: Mapping[str, Any], *, site: str, reconstruction_kept: float) -> list[dict[str, Any]]:
     """The goals with what was found.
 
     Args:
         results: section name → its result; goals of sections that are missing are left out.
+        site: SAEs of other sites in the sweep are no answer.
         reconstruction_kept: NDCG@10 with the SAE's reconstruction over that of the untouched recommender.
 
     Returns:
@@ -30,7 +31,7 @@ def goals(results: Mapping[str, Any], *, reconstruction_kept: float) -> list[dic
         }
     ]
     if "sweep" in results:
-        found.append(_interpretability(results["sweep"]["points"]))
+        found.append(_interpretability([one for one in results["sweep"]["points"] if one["site"] == site]))
     if "control" in results:
         found += _control(results["control"])
     return found

@@ -37,7 +37,7 @@ def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[s
         for name, chosen in settings.sections.items()
     }
     kept = quality["reconstruction"]["ndcg@10"] / recommenders["transformer"]["ndcg@10"]
-    reached = goals(results, reconstruction_kept=kept)
+    reached = goals(results, site=run.site, reconstruction_kept=kept)
     names = [*STEPS[: STEPS.index("interpretation") + 1], *(f"study/{name}" for name in results)]
     facts = StudyFacts(
         title=f"What a recommender has learned from {described['name']}",

@@ -10,6 +10,7 @@ from saerec_fast.study.goals import goals
 def point(name: str, explained: float, l0: float, correlation: float, auc: float) -> dict:
     return {
         "name": name,
+        "site": "block.0",
         "explained_variance": explained,
         "l0": l0,
         "correlation": [correlation, None, None],
@@ -40,44 +41,47 @@ def control(chosen: str, relative: dict[str, float | None], suppression: dict[st
 
 @pytest.mark.parametrize(("kept", "reached"), [(0.99, True), (0.9899, False), (1.01, True)])
 def test_reconstruction(kept: float, reached: bool) -> None:
-    (goal,) = goals({}, reconstruction_kept=kept)
+    (goal,) = goals({}, site="block.0", reconstruction_kept=kept)
     assert goal["reached"] is reached
 
 
 def test_only_saes_that_are_faithful_and_sparse_count_for_interpretability() -> None:
     dense = point("dense", 0.99, 35.1, 0.9, 0.95)
     unfaithful = point("unfaithful", 0.949, 10, 0.9, 0.95)
-    goal = goals({"sweep": {"points": [dense, unfaithful]}}, reconstruction_kept=1)[1]
+    goal = goals({"sweep": {"points": [dense, unfaithful]}}, site="block.0", reconstruction_kept=1)[1]
     assert not goal["reached"]
     assert "no SAE" in goal["found"]
+    elsewhere = {**point("elsewhere", 0.95, 35, 0.9, 0.95), "site": "embedding"}
     near = point("near", 0.95, 35, 0.69, 0.95)
     lopsided = point("lopsided", 0.96, 20, 0.71, 0.5)
-    goal = goals({"sweep": {"points": [dense, unfaithful, near, lopsided]}}, reconstruction_kept=1)[1]
+    goal = goals(
+        {"sweep": {"points": [dense, unfaithful, elsewhere, near, lopsided]}}, site="block.0", reconstruction_kept=1
+    )[1]
     assert not goal["reached"]
     assert "near" in goal["found"]
     both = point("both", 0.95, 35, 0.70, 0.88)
-    goal = goals({"sweep": {"points": [near, both, lopsided]}}, reconstruction_kept=1)[1]
+    goal = goals({"sweep": {"points": [near, both, lopsided]}}, site="block.0", reconstruction_kept=1)[1]
     assert goal["reached"]
     assert "both" in goal["found"]
 
 
 def test_control_takes_the_method_that_other_users_chose() -> None:
     result = control("several", {"reference": 1.0, "several": 1.12, "best here": 1.3}, {"zero": (0.89, 1.0)})
-    share, suppression = goals({"control": result}, reconstruction_kept=1)[1:]
+    share, suppression = goals({"control": result}, site="block.0", reconstruction_kept=1)[1:]
     assert share["reached"]
     assert "several" in share["found"]
     assert not suppression["reached"]
     assert "89%" in suppression["found"]
     result = control("unmeasured", {"reference": 1.0, "unmeasured": None}, {})
-    assert len(goals({"control": result}, reconstruction_kept=1)) == 1
+    assert len(goals({"control": result}, site="block.0", reconstruction_kept=1)) == 1
 
 
 def test_of_methods_that_suppress_enough_the_gentlest_counts() -> None:
     result = control("", {}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8), "gentle": (0.25, 0.97)})
-    (suppression,) = goals({"control": result}, reconstruction_kept=1)[1:]
+    (suppression,) = goals({"control": result}, site="block.0", reconstruction_kept=1)[1:]
     assert suppression["reached"]
     assert "gentle" in suppression["found"]
     result = control("", {}, {"zero": (0.89, 1.0), "harsh": (0.0, 0.8)})
-    (suppression,) = goals({"control": result}, reconstruction_kept=1)[1:]
+    (suppression,) = goals({"control": result}, site="block.0", reconstruction_kept=1)[1:]
     assert not suppression["reached"]
     assert "harsh" in suppression["found"]
