@@ -54,8 +54,9 @@ class SteeringHandle:
     _traced_plan: SteeringPlan
     _strengths: Tensor
     _owns_strengths: bool
-    # The handle's own plan as one call, made by the first forward pass that could have used it.
-    _plain: PlainSteer | None
+    # The handle's own plan as one call, made by the first forward pass that could have used it, and what it was made
+    # of: another thread may have replaced that in the meantime.
+    _plain: tuple[SteeringPlan, Tensor, PlainSteer] | None
 
     def __init__(
         self,
@@ -317,7 +318,8 @@ class SteeringHandle:
         # A compiled graph must not depend on whether there is a plain call yet.
         if is_compiling() or _requests():
             return self._steer_any(x)
-        plain = self._plain
+        kept, plan, strengths = self._plain, self._traced_plan, self._strengths
+        plain = kept[2] if kept is not None and kept[0] is plan and kept[1] is strengths else None
         if plain is not None:
             mask: Any = None
             if self._valid is not None:
@@ -330,7 +332,8 @@ class SteeringHandle:
                 return steered
         steered = self._steer_any(x)
         if not torch.is_grad_enabled() and (plain is None or not plain.is_current()):
-            self._plain = self._sae.bind_steer(self._traced_plan, self._strengths)
+            plain = self._sae.bind_steer(plan, strengths)
+            self._plain = None if plain is None else (plan, strengths, plain)
         return steered
 
     def _steer_any(self, x: Tensor) -> Tensor:

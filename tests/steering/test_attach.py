@@ -630,7 +630,7 @@ class TestPlainCall:
         with attach(model, "blocks.0", sae, plan, valid=is_item) as handle:
             first = model(TOKENS)
             assert handle._plain is not None
-            assert handle._plain.is_current()
+            assert handle._plain[2].is_current()
             handle._steer_any = None  # type: ignore[method-assign, assignment]  # only the bound call is left
             assert same_bits(model(TOKENS), first)
             assert torch.equal(first, expected)
@@ -718,6 +718,25 @@ class TestPlainCall:
             model(TOKENS), model(TOKENS)
             with pytest.raises((TypeError, ValueError), match="valid: expected"):
                 model(TOKENS)
+
+    def test_a_plan_that_comes_while_another_is_bound(
+        self, model: Model, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another thread's update, put where it hurts most: after the binding, before it is kept."""
+        bind_steer, newer = sae.bind_steer, SteeringPlan([Edit(5, "add", 3.0)])
+        expected = self.reference(model, sae, newer, valid=is_item(TOKENS))
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item) as handle:
+
+            def late(*arguments: Any) -> Any:
+                bound = bind_steer(*arguments)
+                monkeypatch.setattr(sae, "bind_steer", bind_steer)
+                handle.update(newer)
+                return bound
+
+            monkeypatch.setattr(sae, "bind_steer", late)
+            model(TOKENS)
+            for _ in range(3):
+                assert torch.equal(model(TOKENS), expected)
 
     def test_copies_and_pickles_bind_their_own(self, model: Model, sae: SparseAutoencoder) -> None:
         with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item) as handle:
