@@ -47,6 +47,10 @@ class Estimate:
         """``{"value", "low", "high"}``, with None for a value that is not finite, as json wants it."""
         return {"value": self.value if math.isfinite(self.value) else None, "low": self.low, "high": self.high}
 
+    def as_list(self) -> list[float | None]:
+        """``[value, low, high]``, as :meth:`as_dict` holds them."""
+        return list(self.as_dict().values())
+
     def overlaps(self, other: Estimate) -> bool:
         """Whether the two intervals share a point.
 

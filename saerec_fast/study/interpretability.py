@@ -21,7 +21,6 @@ from torch import Tensor
 from saerec_fast.files import read_json, write_json
 from saerec_fast.interpret import (
     BestFeatures,
-    Estimate,
     FeatureStatistics,
     FeatureStatisticsResult,
     Summary,
@@ -126,12 +125,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _attributes(run: Run) -> tuple[NDArray[np.bool_], list[str]]:
-    """bool ``(n_items, A)`` and the names of the attributes that the run measures."""
-    table, names = run.split.test.item_table, run.result("data")["attributes"]
-    return table.attributes[:, [table.attribute_names.index(name) for name in names]], names
-
-
 def _measured_attributes(test: FeatureStatisticsResult) -> list[str]:
     """Those common enough on the test users to take part in a summary."""
     return [one.attribute for one in test.summary(resamples=0).attributes]
@@ -199,7 +192,7 @@ def _linear_maps(
         "ica": (independent, "independent components" + ("" if converged else " (not converged)"), False),
         "random": (directions, f"{directions.n_outputs:,} random directions", True),
     }
-    return maps, linear_probe(store, whitening, _attributes(run)[0], rows=settings.probe_rows, seed=settings.seed)
+    return maps, linear_probe(store, whitening, run.attributes[0], rows=settings.probe_rows, seed=settings.seed)
 
 
 def _sampled_rows(store: ActivationStore, linear: LinearMap, seed: int) -> Iterator[tuple[Tensor, Any, Any]]:
@@ -212,7 +205,7 @@ def _sampled_rows(store: ActivationStore, linear: LinearMap, seed: int) -> Itera
 def _linear_statistics(
     run: Run, linear: LinearMap, rows: Iterator[tuple[Tensor, Any, Any]], *, signed: bool, groups: int = 256
 ) -> FeatureStatisticsResult:
-    attributes, names = _attributes(run)
+    attributes, names = run.attributes
     found = FeatureStatistics(
         linear.n_outputs,
         attributes,
@@ -232,20 +225,20 @@ def _representation(name: str, label: str, here: Summary, elsewhere: Summary) ->
     return {
         "name": name,
         "label": label,
-        "correlation": _interval(here.mean_max_correlation),
-        "roc_auc": _interval(here.mean_max_roc_auc),
-        "correlation_elsewhere": _interval(elsewhere.mean_max_correlation)[0],
-        "roc_auc_elsewhere": _interval(elsewhere.mean_max_roc_auc)[0],
-        "correlation_elsewhere_interval": _interval(elsewhere.mean_max_correlation),
-        "roc_auc_elsewhere_interval": _interval(elsewhere.mean_max_roc_auc),
+        "correlation": here.mean_max_correlation.as_list(),
+        "roc_auc": here.mean_max_roc_auc.as_list(),
+        "correlation_elsewhere": elsewhere.mean_max_correlation.as_list()[0],
+        "roc_auc_elsewhere": elsewhere.mean_max_roc_auc.as_list()[0],
+        "correlation_elsewhere_interval": elsewhere.mean_max_correlation.as_list(),
+        "roc_auc_elsewhere_interval": elsewhere.mean_max_roc_auc.as_list(),
         "attributes": [
             {
                 "attribute": one.attribute,
                 "share": one.share,
                 "feature": one.correlation_feature,
-                "correlation": _interval(one.correlation),
+                "correlation": one.correlation.as_list(),
                 "roc_auc_feature": one.roc_auc_feature,
-                "roc_auc": _interval(one.roc_auc),
+                "roc_auc": one.roc_auc.as_list(),
                 "correlation_elsewhere": others[one.attribute].correlation.value if one.attribute in others else None,
                 "roc_auc_elsewhere": others[one.attribute].roc_auc.value if one.attribute in others else None,
             }
@@ -253,10 +246,6 @@ def _representation(name: str, label: str, here: Summary, elsewhere: Summary) ->
         ],
         "notes": here.notes,
     }
-
-
-def _interval(estimate: Estimate) -> list[float | None]:
-    return list(estimate.as_dict().values())
 
 
 def _features(run: Run, settings: InterpretabilitySettings) -> dict[str, Any]:
@@ -367,7 +356,7 @@ def _distribution(present: NDArray[np.float64], absent: NDArray[np.float64], bin
 
 
 def _monosemanticity(run: Run, settings: InterpretabilitySettings) -> dict[str, Any]:
-    attributes, _ = _attributes(run)
+    attributes, _ = run.attributes
     test, sae = run.split.test, run.sae
     mean = _store(run).column_mean()
     # Both ends of a raw dimension may mean something.
@@ -508,7 +497,7 @@ def _directions(sae: SparseAutoencoder, features: NDArray[np.int64]) -> NDArray[
 
 
 def _sae_statistics(run: Run, sae: SparseAutoencoder) -> FeatureStatisticsResult:
-    attributes, names = _attributes(run)
+    attributes, names = run.attributes
     found = FeatureStatistics(sae.n_features, attributes, names, max_groups=1)
     for hidden, users, items in _test_rows(run):
         with torch.inference_mode():

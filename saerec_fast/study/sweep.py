@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from saerec_fast.files import read_json, write_json
-from saerec_fast.interpret import Estimate, FeatureStatistics, FeatureStatisticsResult
+from saerec_fast.interpret import FeatureStatistics, FeatureStatisticsResult
 from saerec_fast.pipeline import Run
 from saerec_fast.recommender import collect, sites
 from saerec_fast.recommender.training import progress_bar
@@ -197,8 +197,8 @@ def _run_trial(run_folder: Path, folder: Path, trial: Trial) -> dict[str, Any]:
         "value": getattr(trial.config, trial.parameter),
         **{key: quality[key] for key in ("explained_variance", "l0", "dead_fraction", "mae", "rmse")},
         "ndcg@10": quality["reconstruction"]["ndcg@10"],
-        "correlation": _interval(summary.mean_max_correlation),
-        "roc_auc": _interval(summary.mean_max_roc_auc),
+        "correlation": summary.mean_max_correlation.as_list(),
+        "roc_auc": summary.mean_max_roc_auc.as_list(),
         "correlation_elsewhere": elsewhere.mean_max_correlation.value,
         "roc_auc_elsewhere": elsewhere.mean_max_roc_auc.value,
         "seconds": seconds,
@@ -232,8 +232,4 @@ def _raw(run: Run, folder: Path) -> dict[str, Any]:
     for batch in _rows(folder / "test"):
         statistics.update_dense(batch.hidden, batch.items, batch.users)
     summary = statistics.result().summary()
-    return {"correlation": _interval(summary.mean_max_correlation), "roc_auc": _interval(summary.mean_max_roc_auc)}
-
-
-def _interval(estimate: Estimate) -> list[float | None]:
-    return [estimate.as_dict()["value"], estimate.low, estimate.high]
+    return {"correlation": summary.mean_max_correlation.as_list(), "roc_auc": summary.mean_max_roc_auc.as_list()}
