@@ -243,7 +243,7 @@ def test_without_more_seeds_there_is_no_stability(run: Run, measured: tuple[Path
 
 def test_one_pass_in_batches_equals_all_rows_at_once(run: Run) -> None:
     """Of dense readings, whose statistics the section streams; those of SAE features have tests of their own."""
-    attributes, names = interpretability._attributes(run)
+    attributes, names = run.attributes
     batches = list(iterate_hidden(run.model, run.split.test, run.site, batch_size=3))
     assert len(batches) > 5
     linear = interpretability.random_directions(20, np.zeros(run.sae.d_model))

@@ -94,6 +94,7 @@ def test_processes_give_the_same_figures_as_one_alone(run: Run) -> None:
 def test_sparser_saes_explain_less(run: Run) -> None:
     settings = SweepSettings(BASE, n_features=(48,), grid=(("topk", (1, 12)),), line=(), sites=False)
     few, many = measure(run, settings, run.folder / "study" / "sweep")["points"]
-    assert (few["l0"], many["l0"]) == (1.0, 12.0)
+    assert few["l0"] == 1.0
+    assert 11 < many["l0"] <= 12  # a score below 0 among the 12 is no activation
     assert few["explained_variance"] < many["explained_variance"]
     assert np.isfinite([few["correlation"][0], many["correlation"][0]]).all()
