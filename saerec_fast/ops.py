@@ -476,8 +476,7 @@ def _kernels_of(name: str) -> Callable[..., Any]:
     operators would cost three times as much a call. An exported program keeps the operator."""
 
     def decompose(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-        if not args[0].is_cuda or (exporting is not None and exporting()):
+        if not args[0].is_cuda or torch.compiler.is_exporting():
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         from saerec_fast.kernels.triton.launch import recording
 
@@ -527,7 +526,8 @@ for _name in _SCHEMAS:
     for _key in ("CUDA", "CPU"):
         _libraries["triton"].impl(_name, _triton(_name), _key)
     _libraries["cuda"].impl(_name, _cuda_steer if _name == "steer" else _triton(_name), "CUDA")
-for _name in _TAKEN_APART:
+# Before torch 2.7 there is no telling an export, which would lose the operators.
+for _name in _TAKEN_APART if hasattr(torch.compiler, "is_exporting") else ():
     for _backend in ("triton", "cuda"):
         torch.library.register_torch_dispatch(
             f"{NAMESPACES[_backend]}::{_name}", FunctionalTensorMode, _kernels_of(_name), lib=_libraries[_backend]

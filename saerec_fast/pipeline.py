@@ -426,7 +426,11 @@ class Run:
         """
         statistics = self.saved_statistics("sae_train")
         strength = statistics.strength()
-        best = {name: float(np.nanmax(strength[:, i])) for i, name in enumerate(statistics.attribute_names)}
+        best = {
+            name: float(np.nanmax(strength[:, i]))
+            for i, name in enumerate(statistics.attribute_names)
+            if np.isfinite(strength[:, i]).any()
+        }
         taken: dict[int, str] = {}
         for name in sorted(best, key=lambda name: -best[name]):
             taken.setdefault(self.feature_of(name), name)
@@ -442,7 +446,12 @@ class Run:
         lowered = {name.lower(): name for name in statistics.attribute_names}
         if attribute.lower() not in lowered:
             raise ValueError(f"attribute: expected one of {', '.join(statistics.attribute_names)}, got {attribute!r}")
-        return statistics.top_features(lowered[attribute.lower()], 1)[0]
+        found = statistics.top_features(lowered[attribute.lower()], 1)
+        if not found:
+            raise ValueError(
+                f"attribute: {attribute!r} is on every item or none of the SAE's users, so no feature follows it"
+            )
+        return found[0]
 
     def plan(self, specs: Sequence[str], mode: str, positions: str) -> SteeringPlan:
         """A plan from texts such as ``Horror=+2``; see :func:`saerec_fast.request.parse_edit`."""

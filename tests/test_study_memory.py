@@ -89,7 +89,7 @@ def growth(tmp_path_factory):
             arguments = [str(tmp_path_factory.mktemp("study")), str(n_interactions), str(D_MODEL), leak]
             done = subprocess.run(
                 [sys.executable, "-c", _SCRIPT, *arguments],
-                env={**os.environ, "PYTHONPATH": str(Path(large_data.__file__).parent)},
+                env={**os.environ, "POLARS_MAX_THREADS": "1", "PYTHONPATH": str(Path(large_data.__file__).parent)},
                 capture_output=True,
                 text=True,
             )

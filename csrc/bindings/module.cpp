@@ -383,6 +383,10 @@ class PlainSteer {
         empty_like_(torch[0]),
         is_grad_enabled_(torch[1]),
         get_num_threads_(torch[2]) {
+    if (!strengths_.is_none()) {
+      strengths_dtype_ = read(strengths_, dtype_);
+      n_strengths_ = number(called(strengths_, numel_));
+    }
     for (const py::handle entry : seen) {
       const py::tuple parts = entry.cast<py::tuple>();
       Seen one = {parts[0], parts[1], parts[2], is_tensor(parts[2].ptr()), 0, 0};
@@ -398,6 +402,11 @@ class PlainSteer {
   py::object run(const py::object& x, const py::object& mask) const {
     try {
       if (!is_plain(x, x_dtype_) || is_grad_enabled_().is(py::handle(Py_True)) || !is_current()) return py::none();
+      // The caller's own tensor may have been given other memory, as a module's move to another dtype does.
+      if (!strengths_.is_none() &&
+          (!is_readable(strengths_, strengths_dtype_) || number(called(strengths_, numel_)) != n_strengths_)) {
+        return py::none();
+      }
       const py::tuple shape = read(x, shape_);
       const std::size_t dimensions = shape.size();
       if (dimensions < 2 || dimensions > 3 || number(shape[dimensions - 1]) != width_) return py::none();
@@ -417,7 +426,8 @@ class PlainSteer {
                                            program, strengths_.is_none() ? 0 : address_of(strengths_), 0, valid,
                                            static_cast<int>(number(get_num_threads_())));
       return out;
-    } catch (py::error_already_set&) {
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_RuntimeError)) throw;
       return py::none();  // a tensor that does not tell, as those of function transforms
     }
   }
@@ -467,18 +477,25 @@ class PlainSteer {
 
   static PyTypeObject* type_of(const py::object& type) { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
 
-  // No subclass, which may be a stand-in without memory; contiguous, and where the kernel can read it.
+  // No subclass, which may be a stand-in without memory.
   bool is_plain(const py::object& tensor, const py::object& dtype) const {
-    return Py_TYPE(tensor.ptr()) == type_of(tensor_type_) && read(tensor, dtype_).is(dtype) &&
-           read(tensor, is_cpu_).is(py::handle(Py_True)) && called(tensor, is_contiguous_).is(py::handle(Py_True));
+    return Py_TYPE(tensor.ptr()) == type_of(tensor_type_) && is_readable(tensor, dtype);
+  }
+
+  // Contiguous, where the kernel can read it, and holding what it stands for rather than its negative.
+  bool is_readable(const py::object& tensor, const py::object& dtype) const {
+    return read(tensor, dtype_).is(dtype) && read(tensor, is_cpu_).is(py::handle(Py_True)) &&
+           called(tensor, is_contiguous_).is(py::handle(Py_True)) && called(tensor, is_neg_).is(py::handle(Py_False));
   }
 
   py::object bound_, program_, strengths_, tensor_type_, x_dtype_, mask_dtype_;
-  int64_t width_;
+  py::object strengths_dtype_;
+  int64_t width_, n_strengths_ = 0;
   py::object empty_like_, is_grad_enabled_, get_num_threads_;
   std::vector<Seen> seen_;
   py::str data_ptr_ = interned("data_ptr"), version_ = interned("_version"), shape_ = interned("shape"),
-          dtype_ = interned("dtype"), is_cpu_ = interned("is_cpu"), is_contiguous_ = interned("is_contiguous");
+          dtype_ = interned("dtype"), is_cpu_ = interned("is_cpu"), is_contiguous_ = interned("is_contiguous"),
+          is_neg_ = interned("is_neg"), numel_ = interned("numel");
 
   static py::str interned(const char* name) {
     return py::reinterpret_steal<py::str>(check(PyUnicode_InternFromString(name)));

@@ -1,8 +1,11 @@
 #include "saerec/steer.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "convert.h"
@@ -36,16 +39,25 @@ float apply_edit(EditOp op, float activation, float value) {
 // A plan in terms of its distinct features ("slots", ascending) and of what it adds whatever the activations are.
 struct CompiledPlan {
   const SteerPlan* plan = nullptr;
-  std::vector<int64_t> features;      // (slots) features whose change depends on their activation
-  std::vector<uint32_t> feature_ids;  // (slots), the same
-  std::vector<int64_t> edit_slots;    // (n_edits), -1 for edits of `added`
-  std::vector<float> slot_threshold;  // (slots), empty for top-k
-  std::vector<int32_t> slot_table;    // (n) slot of every feature or -1, where the whole dictionary is encoded
-  std::vector<int64_t> added;         // features that are only added to, and directions (below 0)
-  std::vector<int64_t> edit_added;    // (n_edits), place in `added`, -1 for edits of slots
+  std::vector<int64_t> features;         // (slots) features whose change depends on their activation
+  std::vector<uint32_t> feature_ids;     // (slots), the same
+  std::vector<int64_t> edit_slots;       // (n_edits), -1 for edits of `added`
+  std::vector<float> slot_threshold;     // (slots), empty for top-k
+  std::array<uint64_t, 16> slot_bits{};  // a bit for every slot, at its feature modulo the number of bits
+  std::vector<int64_t> added;            // features that are only added to, and directions (below 0)
+  std::vector<int64_t> edit_added;       // (n_edits), place in `added`, -1 for edits of slots
   bool encodes_all = false;
 
   int64_t slots() const { return static_cast<int64_t>(features.size()); }
+
+  static uint64_t slot_bit(int64_t feature) { return uint64_t{1} << (feature & 63); }
+  uint64_t& slot_word(int64_t feature) { return slot_bits[static_cast<std::size_t>(feature >> 6 & 15)]; }
+
+  // As slot_of, for the entries of an encoded row, most of which are no slots: a look at one bit tells.
+  int64_t slot_of_entry(int64_t feature) const {
+    const uint64_t word = slot_bits[static_cast<std::size_t>(feature >> 6 & 15)];
+    return (word & slot_bit(feature)) == 0 ? -1 : slot_of(feature);
+  }
 
   int64_t slot_of(int64_t feature) const {
     const auto place = std::lower_bound(features.begin(), features.end(), feature);
@@ -57,12 +69,19 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
   CompiledPlan compiled;
   compiled.plan = &plan;
   for (int64_t i = 0; i < plan.n_edits; ++i) {
+    if (plan.features[i] >= params.weight_enc.rows) {
+      throw std::invalid_argument("plan: feature ids go from 0 to " + std::to_string(params.weight_enc.rows - 1) +
+                                  ", got " + std::to_string(plan.features[i]));
+    }
+  }
+  for (int64_t i = 0; i < plan.n_edits; ++i) {
     const bool adds = plan.ops[i] == static_cast<int64_t>(EditOp::kAdd);
     if (plan.features[i] >= 0 && (plan.reconstruct || !adds)) compiled.features.push_back(plan.features[i]);
   }
   std::sort(compiled.features.begin(), compiled.features.end());
   compiled.features.erase(std::unique(compiled.features.begin(), compiled.features.end()), compiled.features.end());
   compiled.feature_ids.assign(compiled.features.begin(), compiled.features.end());
+  for (const int64_t feature : compiled.features) compiled.slot_word(feature) |= CompiledPlan::slot_bit(feature);
   for (int64_t i = 0; i < plan.n_edits; ++i) {
     compiled.edit_slots.push_back(plan.features[i] < 0 ? -1 : compiled.slot_of(plan.features[i]));
     if (compiled.edit_slots.back() < 0) compiled.added.push_back(plan.features[i]);
@@ -79,12 +98,6 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
     }
   }
   compiled.encodes_all = plan.reconstruct || (params.k > 0 && compiled.slots() > 0);
-  if (compiled.encodes_all) {
-    compiled.slot_table.assign(static_cast<std::size_t>(params.weight_enc.rows), -1);
-    for (int64_t slot = 0; slot < compiled.slots(); ++slot) {
-      compiled.slot_table[static_cast<std::size_t>(compiled.features[slot])] = static_cast<int32_t>(slot);
-    }
-  }
   return compiled;
 }
 
@@ -276,7 +289,7 @@ class ChunkSteerer {
       return;
     }
     for_each_topk_entry(false, [&](int64_t row, int64_t feature, float value) {
-      const int64_t slot = plan_.slot_table[static_cast<std::size_t>(feature)];
+      const int64_t slot = plan_.slot_of_entry(feature);
       if (slot >= 0) scratch_.activations[row * slots + slot] = value;
     });
   }
@@ -294,7 +307,7 @@ class ChunkSteerer {
     };
     const auto take = [&](int64_t row, int64_t feature, float value) {
       finish_rows_before(row);
-      const int64_t slot = plan_.slot_table[static_cast<std::size_t>(feature)];
+      const int64_t slot = plan_.slot_of_entry(feature);
       if (slot >= 0) {
         scratch_.activations[row * slots + slot] = value;
       } else {

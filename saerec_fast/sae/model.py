@@ -374,7 +374,7 @@ class SparseAutoencoder(nn.Module):
         valid: Tensor | None,
     ) -> Tensor | None:
         """:meth:`steer` in one kernel call, or ``None`` where it does not do all of what is asked for."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or self.training:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_neg() or self.training:
             return None
         if x.dim() not in (2, 3) or (torch.is_grad_enabled() and (x.requires_grad or self._needs_grad())):
             return None
@@ -426,7 +426,9 @@ class SparseAutoencoder(nn.Module):
         """
         if isinstance(plan.positions, Tensor) or not (plan.max_relative_norm is None or plan.on_excess == "clip"):
             return None
-        if strengths.dim() != 1 or strengths.dtype != torch.float32 or not strengths.is_cpu or self.training:
+        if tuple(strengths.shape) != (len(plan.edits),) or strengths.dtype != torch.float32 or not strengths.is_cpu:
+            return None
+        if self.training:
             return None
         bound = self._bound_kernels(self.W_enc.dtype) if strengths.is_contiguous() else None
         if bound is None:
@@ -436,10 +438,13 @@ class SparseAutoencoder(nn.Module):
         names = ("training", "_activation", "_bound")
         seen = [
             *((attributes, name, attributes[name]) for name in names),
-            *((self._parameters, name, value) for name, value in self._parameters.items()),
-            *((self._buffers, name, value) for name, value in self._buffers.items()),
+            *((self._parameters, name, self._parameters[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")),
+            *((self._buffers, name, self._buffers[name]) for name in ("threshold", "mean", "std")),
         ]
-        plain = bound.steer.plain(plan, strengths, seen)
+        try:
+            plain = bound.steer.plain(plan, strengths, seen)
+        except RuntimeError:  # a tensor of inference mode does not tell whether it was written to
+            return None
         # What was seen belongs to these kernels only if they are still the ones to use.
         return plain if self._bound_kernels(self.W_enc.dtype) is bound else None
 

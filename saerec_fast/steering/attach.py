@@ -188,6 +188,7 @@ class SteeringHandle:
     def detach(self) -> None:
         """Take the plan out of the model; doing so again does nothing."""
         self._attached = False
+        self._plain = None
         while self._hooks:
             self._hooks.pop().remove()
         if self._lasting:

@@ -80,6 +80,7 @@ def measure(run: Run, settings: BrowserSettings, folder: Path) -> dict[str, Any]
                     for column, name in followed_attributes(
                         chosen_on, feature, settings.n_attributes, settings.least_correlation
                     )
+                    if np.isfinite(statistics.correlation[feature, column])
                 ],
                 "firing_rate": _short(statistics.firing_rate[feature]),
                 "top": [

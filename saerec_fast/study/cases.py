@@ -85,7 +85,7 @@ def measure(run: Run, settings: CaseSettings, folder: Path) -> dict[str, Any]:
     chosen = choose_users(dataset, table.attributes[:, columns], attribute_shares(run.split.train)[columns], settings)
     steered = _plans(run, settings)
     users = []
-    for place, (user, dominant) in enumerate(chosen):
+    for place, (user, dominant) in enumerate(chosen if steered else ()):
         sequence = dataset.sequence(user)
         history, target = sequence[:-1], int(sequence[-1])
         attribute, feature, value, calibrated = steered[place % len(steered)]

@@ -180,7 +180,9 @@ class _Experiment:
         plan, settings = self.maker.plan(method, self.attribute), self.settings
         start = self.on_sample.share
         wanted = [one * start for one in settings.multiples if one * start <= settings.largest_share]
-        tried = self._tried(plan, wanted[-1] if wanted else settings.largest_share)
+        # At least as far as methods are compared, whatever the curve goes through.
+        compared = min(settings.multiple * start, settings.largest_share)
+        tried = self._tried(plan, max([*wanted, compared]) if start else settings.largest_share)
         strengths = strengths_for(wanted or [settings.largest_share], tried)
         points = [self._measured(self.test, plan.scaled(strength), strength) for strength in strengths]
         # The sample's share may be below that of the test users: the curve has to reach what is compared.
@@ -197,7 +199,9 @@ class _Experiment:
         points = [self.on_sample]
         rises = share > self.on_sample.share
         strength = SMALLEST
-        while strength <= LARGEST and (points[-1].share < share if rises else points[-1].share > share):
+        while strength <= LARGEST and (
+            len(points) < 2 or (points[-1].share < share if rises else points[-1].share > share)
+        ):
             points.append(self._measured(self.sample, plan.scaled(strength), strength))
             strength *= GROWTH
         return points
@@ -299,10 +303,12 @@ def ndcg_at_share(points: Sequence[_Point], share: float) -> np.ndarray | None:
     return found
 
 
-def suppression(share: float, ndcg: np.ndarray, untouched_share: float, untouched_ndcg: np.ndarray) -> dict[str, float]:
-    """What is left of the share, and of NDCG."""
+def suppression(
+    share: float, ndcg: np.ndarray, untouched_share: float, untouched_ndcg: np.ndarray
+) -> dict[str, float | None]:
+    """What is left of the share, ``None`` where there was none, and of NDCG."""
     return {
-        "share_left": share / untouched_share if untouched_share else 0.0,
+        "share_left": share / untouched_share if untouched_share else None,
         "ndcg_kept": _ratio(ndcg.mean(), untouched_ndcg.mean()),
     }
 
@@ -322,7 +328,11 @@ def _ranking(run: Run, dataset: Dataset, n_users: int, seed: int) -> SteeredRank
 def _common_attributes(run: Run, maker: PlanMaker, minimum_share: float) -> list[str]:
     """Attributes with enough of a share in the untouched lists of the sample, most common first."""
     metrics = maker.sample.metrics(SteeringPlan())
-    shares = {name: attribute_share(metrics, maker.has_attribute(name)) for name in run.result("data")["attributes"]}
+    shares = {
+        name: attribute_share(metrics, maker.has_attribute(name))
+        for name in run.result("data")["attributes"]
+        if maker.statistics.top_features(name, 1)
+    }
     return sorted((name for name, share in shares.items() if share >= minimum_share), key=lambda name: -shares[name])
 
 
@@ -438,5 +448,7 @@ def _ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator else 0.0
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

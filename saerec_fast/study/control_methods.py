@@ -200,9 +200,9 @@ class PlanMaker:
         decoder = self.run.sae.folded_weights().W_dec.detach().double().numpy()
         alive = np.flatnonzero(self.statistics.fired_counts)
         design = pushes @ decoder[alive].T
-        weights, _ = nnls(design, label)
+        weights, _ = nnls(design, label, maxiter=10 * design.shape[1])
         chosen = np.argsort(-weights, kind="stable")[: self.n_several]
-        weights, _ = nnls(design[:, chosen], label)
+        weights, _ = nnls(design[:, chosen], label, maxiter=10 * design.shape[1])
         unit = self._lift(design[:, chosen] @ weights, label, roots)
         return {int(alive[one]): float(w / unit) for one, w in zip(chosen, weights, strict=True) if w > 0}
 

@@ -64,12 +64,15 @@ def study_figures(results: Mapping[str, Any]) -> list[Drawing]:
 
 
 def write_figures(folder: str | os.PathLike[str], results: Mapping[str, Any]) -> list[Path]:
-    """Write every figure of the page as a file of its own, ``<name>.svg``, and return the paths."""
+    """Write every figure of the page as a file of its own, ``<name>.svg``, and return the paths; figures of an earlier
+    study that are not among them go."""
     paths = []
     for drawing in study_figures(results):
         path = Path(folder) / f"{drawing.name}.svg"
         write_text(path, '<?xml version="1.0" encoding="UTF-8"?>\n' + drawing.svg + "\n")
         paths.append(path)
+    for left in set(Path(folder).glob("*.svg")) - set(paths):
+        left.unlink()
     return paths
 
 

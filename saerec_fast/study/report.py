@@ -98,9 +98,12 @@ def _representation(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]
 
 
 def _best_method(sections: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """The method of control that :func:`ranked_methods` puts first, with its label."""
+    """The method of control that was chosen on other users, or else the one that :func:`ranked_methods` puts first,
+    with its label."""
     control = sections.get("control", {})
     known = [one for one in ranked_methods(control) if one["ndcg_kept"][0] is not None]
+    chosen = (control.get("at_share") or {}).get("chosen")
+    known.sort(key=lambda one: one["method"] != chosen)
     if not known:
         return None
     labels = {one["name"]: one["label"] for one in control.get("methods", [])}

@@ -18,6 +18,8 @@ from saerec_fast.study.tables import write_tables
 def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[str, Any]:
     """Run or resume everything, write ``study.json``, ``report.html``, ``tables/*.csv`` and ``figures/*.svg``.
 
+    The sweep starts processes: a script that calls this needs the guard ``if __name__ == "__main__"``.
+
     Args:
         run: the run to fill.
         settings: of :func:`~saerec_fast.study.settings.study_settings`, or made by hand.
@@ -26,8 +28,15 @@ def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[s
     Returns:
         What ``study.json`` holds: the goals with what was found, the results of the steps and sections (but for the
         browser's, which the page holds), their settings, and how long each took.
+
+    Raises:
+        ValueError: a data set without attributes that are common enough for statistics.
     """
     described = run.prepare_data(settings.data)
+    if not described["attributes"]:
+        raise ValueError(
+            f"{settings.data.path}: no attribute is common enough, and the study asks what features follow"
+        )
     recommenders = run.train_recommender(settings.recommender)
     run.collect_activations(settings.activations)
     quality = run.train_sae(settings.sae)
@@ -36,7 +45,8 @@ def run_study(run: Run, settings: StudySettings, *, command: str = "") -> dict[s
         name: run.section(f"study/{name}", asdict(chosen), partial(SECTIONS[name].measure, run, chosen))
         for name, chosen in settings.sections.items()
     }
-    kept = quality["reconstruction"]["ndcg@10"] / recommenders["transformer"]["ndcg@10"]
+    untouched = recommenders["transformer"]["ndcg@10"]
+    kept = quality["reconstruction"]["ndcg@10"] / untouched if untouched else 0.0
     reached = goals(results, site=run.site, reconstruction_kept=kept)
     names = [*STEPS[: STEPS.index("interpretation") + 1], *(f"study/{name}" for name in results)]
     facts = StudyFacts(

@@ -7,6 +7,8 @@ in a process of its own with one thread, so that results do not depend on how ma
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -155,15 +157,29 @@ def _run_trials(run_folder: Path, folder: Path, missing: list[Trial]) -> Iterato
         return
     # Not forked: a child of a process with running OpenMP threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(_run_trial, run_folder, folder, trial) for trial in missing]
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(_run_trial, run_folder, folder, trial) for trial in missing]):
                 yield future.result()
         except BaseException:
-            for future in futures:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            # What they have not finished is trained on from its checkpoint next time.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
             raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_trial(run_folder: Path, folder: Path, trial: Trial) -> dict[str, Any]:
@@ -199,8 +215,8 @@ def _run_trial(run_folder: Path, folder: Path, trial: Trial) -> dict[str, Any]:
         "ndcg@10": quality["reconstruction"]["ndcg@10"],
         "correlation": summary.mean_max_correlation.as_list(),
         "roc_auc": summary.mean_max_roc_auc.as_list(),
-        "correlation_elsewhere": elsewhere.mean_max_correlation.value,
-        "roc_auc_elsewhere": elsewhere.mean_max_roc_auc.value,
+        "correlation_elsewhere": elsewhere.mean_max_correlation.as_list()[0],
+        "roc_auc_elsewhere": elsewhere.mean_max_roc_auc.as_list()[0],
         "seconds": seconds,
     }
     write_json(target / "point.json", point)

@@ -69,6 +69,7 @@ def study_tables(results: Mapping[str, Any]) -> dict[str, Table]:
 
 def write_tables(folder: str | os.PathLike[str], results: Mapping[str, Any]) -> list[Path]:
     """Write one CSV file per table: UTF-8, a header row, numbers unrounded, nothing where a value is missing.
+    Tables of an earlier study that are not among them go.
 
     Args:
         folder: made where it is missing.
@@ -86,6 +87,8 @@ def write_tables(folder: str | os.PathLike[str], results: Mapping[str, Any]) -> 
         writer.writerows(_cells(table, row) for row in table.rows)
         write_text(path, buffer.getvalue())
         paths.append(path)
+    for left in set(Path(folder).glob("*.csv")) - set(paths):
+        left.unlink()
     return paths
 
 

@@ -719,6 +719,40 @@ class TestPlainCall:
             with pytest.raises((TypeError, ValueError), match="valid: expected"):
                 model(TOKENS)
 
+    @pytest.mark.parametrize("change", ["double", "half"])
+    def test_learnt_strengths_that_move_to_another_dtype(
+        self, model: Model, sae: SparseAutoencoder, change: str
+    ) -> None:
+        holder = torch.nn.ParameterList([torch.full((len(EDITS),), 2.0)])
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)) as handle:
+            handle.update(strengths=holder[0])
+            expected = [model(TOKENS) for _ in range(2)][-1]
+            getattr(holder, change)()
+            assert handle._strengths.dtype != torch.float32
+            assert torch.equal(model(TOKENS), expected)
+
+    def test_negative_views_are_read_as_what_they_stand_for(self, sae: SparseAutoencoder) -> None:
+        plan, x = SteeringPlan(EDITS), torch.randn(2, 3, sae.d_model)
+        plain = sae.bind_steer(plan, torch.tensor([edit.value for edit in EDITS]))
+        assert plain is not None
+        assert plain.run(x, None) is not None
+        negative = torch._neg_view(x)
+        assert plain.run(negative, None) is None
+        assert torch.equal(sae.steer(negative, plan), sae.steer(-x, plan))
+
+    def test_buffers_of_somebody_else_do_not_matter(self, model: Model, sae: SparseAutoencoder) -> None:
+        with torch.inference_mode():
+            note = torch.ones(1)
+        sae.register_buffer("note", note)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)) as handle:
+            steered = [model(TOKENS) for _ in range(2)]
+            assert same_bits(*steered)
+            assert handle._plain is not None
+        assert handle._plain is None
+
+    def test_strengths_that_do_not_fit_the_plan_are_not_bound(self, sae: SparseAutoencoder) -> None:
+        assert sae.bind_steer(SteeringPlan(EDITS), torch.zeros(len(EDITS) + 1)) is None
+
     def test_a_plan_that_comes_while_another_is_bound(
         self, model: Model, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
