@@ -17,7 +17,7 @@ import study_memory
 from saerec_fast.data import read_dataset
 
 FEW, MANY = 150_000, 600_000
-D_MODEL = 16
+D_MODEL = 32
 
 # Small models, so that what grows with the rows is not lost beside them. Each step's peak is measured from what is
 # resident before it; a first round on little data loads what is loaded once.
@@ -73,6 +73,9 @@ study(folder / "first", 20_000)
 print(json.dumps(study(folder / "second", n_interactions)))
 """
 
+# Every thread has buffers of its own, and how many run at a time is chance.
+ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak of a process can only be reset on Linux"
 )
@@ -89,7 +92,7 @@ def growth(tmp_path_factory):
             arguments = [str(tmp_path_factory.mktemp("study")), str(n_interactions), str(D_MODEL), leak]
             done = subprocess.run(
                 [sys.executable, "-c", _SCRIPT, *arguments],
-                env={**os.environ, "POLARS_MAX_THREADS": "1", "PYTHONPATH": str(Path(large_data.__file__).parent)},
+                env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(Path(large_data.__file__).parent)},
                 capture_output=True,
                 text=True,
             )
@@ -103,7 +106,7 @@ def growth(tmp_path_factory):
 
 # An interaction takes 12 bytes (item and time). Reading parses 24 and sorts a copy, splitting copies each part;
 # collection and interpretation hold a copy of the chosen users' interactions.
-BYTES_PER_INTERACTION = {"generate": 10, "read": 160, "collect": 25, "interpret": 25}
+BYTES_PER_INTERACTION = {"generate": 20, "read": 300, "collect": 36, "interpret": 60}
 
 
 @needs_proc
