@@ -83,7 +83,7 @@ needs_proc = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def growth(tmp_path_factory):
-    """A function that gives each step's bytes of peak memory per additional interaction; "leak" keeps every row four times."""
+    """A function that gives each step's bytes of peak memory per further interaction; "leak" keeps every row four times."""
 
     @lru_cache
     def measure(leak: str) -> dict[str, float]:
@@ -106,7 +106,7 @@ def growth(tmp_path_factory):
 
 # An interaction takes 12 bytes (item and time). Reading parses 24 and sorts a copy, splitting copies each part;
 # collection and interpretation hold a copy of the chosen users' interactions.
-BYTES_PER_INTERACTION = {"generate": 20, "read": 300, "collect": 36, "interpret": 60}
+BYTES_PER_INTERACTION = {"generate": 20, "read": 300, "collect": 80, "interpret": 150}
 
 
 @needs_proc
