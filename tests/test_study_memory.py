@@ -83,7 +83,7 @@ needs_proc = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def growth(tmp_path_factory):
-    """A function that gives each step's bytes of peak memory per further interaction; "leak" keeps every row four times."""
+    """A function: step → bytes of peak memory per further interaction; its "leak" keeps every row four times."""
 
     @lru_cache
     def measure(leak: str) -> dict[str, float]:
