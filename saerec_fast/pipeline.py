@@ -532,7 +532,7 @@ class Run:
             self._require(earlier)
         folder = self.folder / name
         identity = json.loads(
-            json.dumps({"settings": settings, "before": {earlier: self._digest(earlier) for earlier in before}})
+            json.dumps({"settings": settings, "before": {earlier: self.digest(earlier) for earlier in before}})
         )
         result_path, settings_path = folder / "result.json", folder / "settings.json"
         same = settings_path.exists() and read_json(settings_path) == identity
@@ -555,7 +555,8 @@ class Run:
         self.times.append(StepTime(name, seconds, False))
         return dict(result)
 
-    def _digest(self, step: str) -> str:
+    def digest(self, step: str) -> str:
+        """What a finished step was asked for, and what the steps before it were, in 16 digits."""
         content = (self.folder / step / "settings.json").read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 

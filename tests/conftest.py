@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -16,6 +17,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # Sums in torch depend on the number of threads; kernels are tested with several wherever the suite runs.
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For what is compared between runs of a training, which rounds by the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

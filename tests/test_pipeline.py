@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from small_run import RECOMMENDER, SAE
 from typer.testing import CliRunner
 
 from saerec_fast import demo as demo_module
@@ -19,19 +19,11 @@ from saerec_fast.cli import app
 from saerec_fast.data import synthetic_dataset
 from saerec_fast.demo import run_demo
 from saerec_fast.files import read_json
+from saerec_fast.interpret import FeatureStatisticsResult
 from saerec_fast.pipeline import STEPS, ActivationSettings, ControlSettings, DataSettings, RecommenderSettings, Run
 from saerec_fast.sae import SAETrainingConfig
 
-RECOMMENDER = RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=6)
-SAE = SAETrainingConfig(n_features=48, activation="topk", k=6, steps=200, batch_size=256)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +233,21 @@ def test_metrics_are_plain_json(finished: tuple[Path, dict]) -> None:
 
     parsed = json.loads((finished[0] / "metrics.json").read_text())
     assert all(math.isfinite(number) for number in numbers(parsed))
+
+
+def test_an_attribute_that_no_feature_follows_is_not_steered(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(copy, progress=False)
+    saved = run.saved_statistics
+
+    def without_first(name: str) -> FeatureStatisticsResult:
+        statistics = saved(name)
+        statistics.correlation[:, 0] = np.nan
+        return statistics
+
+    monkeypatch.setattr(run, "saved_statistics", without_first)
+    missing = saved("sae_train").attribute_names[0]
+    chosen = run.steerable_attributes(10)
+    assert chosen
+    assert missing not in chosen
+    with pytest.raises(ValueError, match="no feature follows it"):
+        run.feature_of(missing)

@@ -77,6 +77,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width / 96, height / 96), layout="constrained")
 
 
+def mark_untouched(axes: Axes, x: float, y: float) -> None:
+    """A star where the model stands without steering."""
+    axes.plot([x], [y], marker="*", markersize=13, color=INK, linestyle="none", label="not steered")
+
+
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
     """One ``<svg>`` element with a title and a description for readers who do not see it."""
     buffer = io.StringIO()
@@ -350,15 +355,7 @@ def control_curves(
             fontsize=8.5,
         )
         if baseline is not None:
-            axes.plot(
-                [baseline["share"]],
-                [baseline["ndcg@10"]],
-                marker="*",
-                markersize=13,
-                color=INK,
-                linestyle="none",
-                label="not steered",
-            )
+            mark_untouched(axes, baseline["share"], baseline["ndcg@10"])
             axes.axvline(baseline["share"], color=INK, linewidth=0.6, alpha=0.4)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.12)

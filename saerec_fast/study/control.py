@@ -122,7 +122,7 @@ def measure(run: Run, settings: StudyControlSettings, folder: Path) -> dict[str,
     attributes = list(settings.attributes) or _common_attributes(run, maker, settings.minimum_share)
     # What one attribute's figures depend on, which other attributes there are is not among it.
     identity = json.loads(
-        json.dumps({"settings": asdict(replace(settings, attributes=())), "run": run._digest("interpretation")})
+        json.dumps({"settings": asdict(replace(settings, attributes=())), "run": run.digest("interpretation")})
     )
     parts = []
     with progress_bar(run.progress, "control", len(attributes)) as show:

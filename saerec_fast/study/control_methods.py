@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from saerec_fast.recommender import iterate_hidden
+from saerec_fast.sae import ActivationStore
 from saerec_fast.steering import contrastive_direction
 from saerec_fast.types import Direction, Edit, SteeringPlan
 
@@ -182,8 +182,8 @@ class PlanMaker:
         return self._pushing_features(attribute, method.positions)
 
     def _contrast(self, attribute: str) -> Direction:
-        hidden, items = self._rows
-        return contrastive_direction(hidden, torch.from_numpy(self.has_attribute(attribute))[items], attribute)
+        labels = torch.from_numpy(self.has_attribute(attribute)[self._store.items])
+        return contrastive_direction(self._store, labels, attribute)
 
     def _even_push(self, attribute: str, positions: Positions) -> Direction:
         """Weighted ridge regression of the attribute on what every dimension of the site pushes."""
@@ -231,11 +231,9 @@ class PlanMaker:
         """How much the head's input moves, on average, per unit of every dimension of the site: ``(d, d)`` float64,
         by central differences of half a standard deviation."""
         if positions not in self._pushes:
-            hidden, _ = self._rows
-            width = hidden.shape[1]
-            step = 0.5 * float(hidden.std())
+            step = 0.5 * self._store.mean_std()[1]
             rows = []
-            for unit in torch.eye(width) * step:
+            for unit in torch.eye(self._store.d_model) * step:
                 moved = [
                     self.sample.final_hidden(SteeringPlan([Direction(sign * unit)], positions=positions)).double()
                     for sign in (1, -1)
@@ -245,14 +243,9 @@ class PlanMaker:
         return self._pushes[positions]
 
     @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Hidden states of the SAE's users and their items."""
-        parts = [(hidden, items) for hidden, _, items in iterate_hidden(*self._source)]
-        return torch.cat([hidden for hidden, _ in parts]), torch.cat([items for _, items in parts])
-
-    @property
-    def _source(self) -> tuple[Any, Any, str]:
-        return self.run.model, self.run.sae_users, self.run.site
+    def _store(self) -> ActivationStore:
+        """The hidden states that the SAE was trained on."""
+        return ActivationStore(self.run.folder / "activations" / "store")
 
     @cached_property
     def _likelihood(self) -> np.ndarray:

@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from saerec_fast.files import write_text
 from saerec_fast.interpret import figures as shared
-from saerec_fast.interpret.figures import GREY, INK, MARKERS, SERIES, new_figure, svg
+from saerec_fast.interpret.figures import GREY, INK, MARKERS, SERIES, mark_untouched, new_figure, svg
 from saerec_fast.study.tables import ranked_methods, reached, relative, slug
 
 WIDTH = 410
@@ -392,8 +392,7 @@ def _curves(
         label = labels.get(curve["method"], curve["method"])
         axes.plot(x, y, color=SERIES[number], marker=MARKERS[number], markersize=4.5, linewidth=1.7, label=label)
     if baseline is not None:
-        place = [baseline["share"]], [baseline["ndcg@10"]]
-        axes.plot(*place, marker="*", markersize=13, color=INK, linestyle="none", label="not steered")
+        mark_untouched(axes, baseline["share"], baseline["ndcg@10"])
     axes.set_title(attribute)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -440,15 +439,7 @@ def _tail(
             label=curve["label"],
         )
     if baseline:
-        axes.plot(
-            [baseline[key]],
-            [baseline["ndcg@10"]],
-            marker="*",
-            markersize=13,
-            color=INK,
-            linestyle="none",
-            label="not steered",
-        )
+        mark_untouched(axes, baseline[key], baseline["ndcg@10"])
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel(label)
@@ -474,15 +465,7 @@ def _pairs(part: Mapping[str, Any]) -> Iterable[Drawing]:
                 label=label,
             )
         start = pair["untouched"]
-        axes.plot(
-            [start["both"]],
-            [start["ndcg@10"]],
-            marker="*",
-            markersize=13,
-            color=INK,
-            linestyle="none",
-            label="not steered",
-        )
+        mark_untouched(axes, start["both"], start["ndcg@10"])
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_title(" and ".join(pair["attributes"]))

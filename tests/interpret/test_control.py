@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from untrained import untrained_recommender
 
 from saerec_fast.data import Dataset, Split, split_users, synthetic_dataset
 from saerec_fast.interpret.control import (
@@ -21,7 +22,6 @@ from saerec_fast.interpret.control import (
 )
 from saerec_fast.recommender import (
     Metrics,
-    RecommenderConfig,
     SequenceRecommender,
     TransformerScorer,
     evaluate,
@@ -44,16 +44,7 @@ def split() -> Split:
 
 @pytest.fixture(scope="module")
 def model(split: Split) -> SequenceRecommender:
-    """Untrained, with weights large enough that every position and layer matters."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        untrained = SequenceRecommender(
-            RecommenderConfig(n_items=split.n_items, d_model=WIDTH, n_layers=2, n_heads=2, max_length=8)
-        )
-        with torch.no_grad():
-            for parameter in untrained.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return untrained.eval()
+    return untrained_recommender(split.n_items, WIDTH)
 
 
 @pytest.fixture(scope="module")

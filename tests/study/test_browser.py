@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from saerec_fast.interpret import FeatureStatisticsResult
 from saerec_fast.interpret.control import valid_positions
 from saerec_fast.pipeline import ActivationSettings, Run
 from saerec_fast.recommender import iterate_hidden, site_module
@@ -134,3 +135,19 @@ def test_pushes_of_the_last_site_say_that_they_are_exact(run: Run, tmp_path: Pat
     run.train_sae(SAETrainingConfig(n_features=16, activation="relu", steps=20, batch_size=256))
     run.interpret()
     assert measure(run, BrowserSettings(), tmp_path)["push_is_exact"] is True
+
+
+def test_an_attribute_that_no_test_user_met_is_not_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = run.saved_statistics
+
+    def without_first(name: str) -> FeatureStatisticsResult:
+        statistics = saved(name)
+        if name == "sae":
+            statistics.correlation[:, 0] = np.nan
+        return statistics
+
+    monkeypatch.setattr(run, "saved_statistics", without_first)
+    cards = measure(run, BrowserSettings(), run.folder)["features"]
+    named = [one["name"] for card in cards for one in card["attributes"]]
+    assert named
+    assert saved("sae").attribute_names[0] not in named

@@ -155,3 +155,8 @@ def test_a_share_out_of_reach_leaves_the_strong_plan(run: Run, tmp_path: Path) -
     assert uncalibrated
     for one in uncalibrated:
         assert one["value"] == float(statistics.quantiles[one["feature"], -1])
+
+
+def test_without_an_attribute_to_steer_there_are_no_cases(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "steerable_attributes", lambda self, count: [])
+    assert measure(run, SMALL, run.folder / "study" / "cases")["users"] == []

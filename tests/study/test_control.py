@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_run import small_run
+from untrained import untrained_recommender
 
 from saerec_fast.data import Split, split_users, synthetic_dataset
 from saerec_fast.files import read_json
 from saerec_fast.interpret.control import evaluate_steered
-from saerec_fast.pipeline import ActivationSettings, DataSettings, RecommenderSettings, Run
-from saerec_fast.recommender import RecommenderConfig, SequenceRecommender, item_popularity
-from saerec_fast.sae import SAETrainingConfig, SparseAutoencoder
+from saerec_fast.pipeline import Run
+from saerec_fast.recommender import SequenceRecommender, item_popularity
+from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.study import control as control_module
 from saerec_fast.study.control import (
     StudyControlSettings,
@@ -42,16 +44,7 @@ def split() -> Split:
 
 @pytest.fixture(scope="module")
 def model(split: Split) -> SequenceRecommender:
-    """Untrained, with weights large enough that every position, head and layer matters."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        untrained = SequenceRecommender(
-            RecommenderConfig(n_items=split.n_items, d_model=WIDTH, n_layers=2, n_heads=2, max_length=8)
-        )
-        with torch.no_grad():
-            for parameter in untrained.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return untrained.eval()
+    return untrained_recommender(split.n_items, WIDTH)
 
 
 def make_sae(activation: Any) -> SparseAutoencoder:
@@ -146,6 +139,22 @@ def test_suppression_is_what_is_left() -> None:
     assert figures == pytest.approx({"share_left": 0.25, "ndcg_kept": 0.6})
 
 
+def test_an_attribute_that_nobody_recommends_counts_in_no_mean() -> None:
+    figures = suppression(0.0, np.array([0.4]), 0.0, np.array([0.5]))
+    assert figures == {"share_left": None, "ndcg_kept": pytest.approx(0.8)}
+    assert control_module._mean([0.2, None, 0.4]) == pytest.approx(0.3)
+    assert control_module._mean([None]) is None
+
+
+def test_the_sample_is_tried_as_far_as_methods_are_compared(run: Run, tmp_path: Path) -> None:
+    """Also where the curve itself stops before."""
+    attribute = run.result("data")["attributes"][2]  # the others have so large a share that it cannot double
+    settings = replace(QUICK, attributes=(attribute,), methods=("even_push_last",), multiples=(1.1,), multiple=2.0)
+    found = measure(run, settings, tmp_path)
+    by_name = {row["method"]: row for row in found["at_share"]["methods"]}
+    assert by_name["even_push_last"]["ndcg_kept_on_sample"] > 0
+
+
 def part(attribute: str, share: float, at_share: dict[str, list[float] | None]) -> dict[str, Any]:
     on_sample = {name: None if values is None else float(np.mean(values)) for name, values in at_share.items()}
     return {
@@ -184,15 +193,7 @@ QUICK = replace(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    path = tmp_path_factory.mktemp("data") / "set"
-    synthetic_dataset(120, 60, 4, seed=0, mean_length=25).save(path)
-    made = Run(tmp_path_factory.mktemp("run"), progress=False)
-    made.prepare_data(DataSettings(str(path)))
-    made.train_recommender(RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=4))
-    made.collect_activations(ActivationSettings(users="non_test"))
-    made.train_sae(SAETrainingConfig(n_features=48, activation="topk", k=6, steps=200, batch_size=256))
-    made.interpret()
-    return made
+    return small_run(tmp_path_factory.mktemp("run"))
 
 
 def test_section(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

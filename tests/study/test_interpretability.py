@@ -12,38 +12,20 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
+from small_run import SAE, small_run
 
-from saerec_fast.data import synthetic_dataset
 from saerec_fast.interpret import FeatureStatistics
-from saerec_fast.pipeline import ActivationSettings, DataSettings, RecommenderSettings, Run
+from saerec_fast.pipeline import Run
 from saerec_fast.recommender import iterate_hidden
-from saerec_fast.sae import SAETrainingConfig
 from saerec_fast.study import interpretability
 from saerec_fast.study.interpretability import InterpretabilitySettings, measure, precision_recall
 
 SETTINGS = InterpretabilitySettings(ica_rows=500, probe_rows=800, seed_steps=60, more_seeds=2, minimum_items=5)
-SAE = SAETrainingConfig(n_features=48, activation="topk", k=6, steps=200, batch_size=256)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("study")
-    synthetic_dataset(150, 80, 4, seed=0, mean_length=25).save(folder / "set")
-    run = Run(folder / "run", progress=False)
-    run.prepare_data(DataSettings(str(folder / "set")))
-    run.train_recommender(RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=6))
-    run.collect_activations(ActivationSettings("embedding", "non_test"))
-    run.train_sae(SAE)
-    run.interpret()
-    return run
+    return small_run(tmp_path_factory.mktemp("study"), "embedding")
 
 
 @pytest.fixture(scope="module")

@@ -1,38 +1,13 @@
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 
 from saerec_fast.study.report import StudyFacts, render_study_report, write_study_report
 
 SECTIONS = ("sweep", "interpretability", "control", "popularity", "pairs", "cases", "browser")
-VOID = {"meta", "br", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Collects ids and references, and checks that elements close in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.references, self.open = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.ids += [value for name, value in attrs if name == "id"]
-        self.references += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_page_stands_alone(results, facts, tmp_path):
@@ -44,8 +19,8 @@ def test_page_stands_alone(results, facts, tmp_path):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     places = set(page.ids) | {f"feature-{one['feature']}" for one in results["browser"]["features"]}
-    assert {value for value in page.references if not value.startswith("#")} == {"data:,"}
-    assert {value[1:] for value in page.references if value.startswith("#")} <= places
+    assert {value for _, value in page.references if not value.startswith("#")} == {"data:,"}
+    assert {value[1:] for _, value in page.references if value.startswith("#")} <= places
     assert not re.search(r"url\((?!#)|@import|<img|https?://(?!www\.w3\.org/)", text)
 
 

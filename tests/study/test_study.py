@@ -10,20 +10,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from small_run import RECOMMENDER, SAE
 from typer.testing import CliRunner
 
 from saerec_fast.cli import app
 from saerec_fast.data import synthetic_dataset
 from saerec_fast.files import read_json
-from saerec_fast.pipeline import ActivationSettings, DataSettings, RecommenderSettings, Run
-from saerec_fast.sae import SAETrainingConfig
+from saerec_fast.pipeline import ActivationSettings, DataSettings, Run
 from saerec_fast.study import settings as settings_module
 from saerec_fast.study import study as study_module
 from saerec_fast.study.settings import SECTIONS, StudySettings, study_settings
 from saerec_fast.study.study import run_study
-
-RECOMMENDER = RecommenderSettings(d_model=16, n_heads=1, max_length=20, epochs=6)
-SAE = SAETrainingConfig(n_features=48, activation="topk", k=6, steps=100, batch_size=256)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +105,25 @@ def test_a_section_whose_settings_changed_runs_alone(finished: tuple[Path, dict]
     run = Run(folder, progress=False)
     run_study(run, replace(chosen, sections={**chosen.sections, "cases": changed}))
     assert [time.step for time in run.times if not time.reused] == ["study/cases"]
+
+
+def test_files_of_an_earlier_study_go(finished: tuple[Path, dict], data: Path) -> None:
+    folder, _ = finished
+    left = folder / "tables" / "left.csv", folder / "figures" / "left.svg"
+    for path in left:
+        path.write_text("of an earlier study")
+    run_study(Run(folder, progress=False), small(data))
+    assert not any(path.exists() for path in left)
+    assert len(list((folder / "figures").glob("*.svg"))) >= 8
+
+
+def test_data_without_attributes_are_refused_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+    chosen = small(data)
+    settings = replace(chosen, data=replace(chosen.data, min_attribute_share=1.0))
+    run = Run(tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="no attribute is common enough"):
+        run_study(run, settings)
+    assert not (run.folder / "recommender").exists()
 
 
 def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_run import SAE
 
 from saerec_fast.pipeline import Run
-from saerec_fast.sae import SAETrainingConfig
 from saerec_fast.study import sweep
 from saerec_fast.study.sweep import SweepSettings, measure, trials
 
-BASE = SAETrainingConfig(n_features=48, activation="topk", k=6, steps=200, batch_size=256)
 SETTINGS = SweepSettings(
-    replace(BASE, steps=20), n_features=(16, 48), grid=(("topk", (2, 6)),), line=(("relu", (0.5,)),), sites=True
+    replace(SAE, steps=20), n_features=(16, 48), grid=(("topk", (2, 6)),), line=(("relu", (0.5,)),), sites=True
 )
 
 
@@ -42,7 +41,7 @@ def test_trials_are_the_grid_the_line_and_every_site_once(run: Run) -> None:
 
 
 def test_the_runs_own_sae_is_measured_as_the_run_measures_it(run: Run) -> None:
-    settings = SweepSettings(BASE, n_features=(48,), grid=(("topk", (6,)),), line=(), sites=False)
+    settings = SweepSettings(SAE, n_features=(48,), grid=(("topk", (6,)),), line=(), sites=False)
     result = measure(run, settings, run.folder / "study" / "sweep")
     (point,) = result["points"]
     quality, summaries = run.result("sae"), run.result("interpretation")["summaries"]
@@ -92,7 +91,7 @@ def test_processes_give_the_same_figures_as_one_alone(run: Run) -> None:
 
 
 def test_sparser_saes_explain_less(run: Run) -> None:
-    settings = SweepSettings(BASE, n_features=(48,), grid=(("topk", (1, 12)),), line=(), sites=False)
+    settings = SweepSettings(SAE, n_features=(48,), grid=(("topk", (1, 12)),), line=(), sites=False)
     few, many = measure(run, settings, run.folder / "study" / "sweep")["points"]
     assert few["l0"] == 1.0
     assert 11 < many["l0"] <= 12  # a score below 0 among the 12 is no activation
