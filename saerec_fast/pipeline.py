@@ -115,6 +115,7 @@ class RecommenderSettings:
     max_length: int = 50
     dropout: float = 0.1
     item_dropout: float = 0.2
+    scale_embedding: bool = False
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -587,6 +588,7 @@ def fit_recommenders(
         max_length=settings.max_length,
         dropout=settings.dropout,
         item_dropout=settings.item_dropout,
+        scale_embedding=settings.scale_embedding,
     )
     model = train_recommender(
         split,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,6 +33,8 @@ class RecommenderConfig:
         item_dropout: probability in [0, 1) that an input item's whole embedding is dropped in training (its position
             stays), so that no single item is relied on; it helps where users are few.
         initializer_range: standard deviation of the initial weights and embeddings.
+        scale_embedding: multiply the item embedding by ``√d_model`` before the position is added, as SASRec does; the
+            head stays tied to the embedding itself. The item then outweighs its position in the residual stream.
 
     Raises:
         ValueError: a value outside its range; the message names the field.
@@ -46,6 +49,7 @@ class RecommenderConfig:
     attention_dropout: float = 0.0
     item_dropout: float = 0.2
     initializer_range: float = 0.1
+    scale_embedding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_items", "d_model", "n_layers", "n_heads", "max_length"):
@@ -141,6 +145,8 @@ class SequenceRecommender(nn.Module):
             # Not rescaled: the layer norm ahead of the first block would undo it.
             kept = torch.rand(tokens.shape, device=tokens.device) >= self.config.item_dropout
             embedded = embedded * kept.unsqueeze(-1)
+        if self.config.scale_embedding:
+            embedded = embedded * math.sqrt(self.config.d_model)
         hidden = self.transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden

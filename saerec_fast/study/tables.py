@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,9 @@ def write_tables(folder: str | os.PathLike[str], results: Mapping[str, Any]) -> 
 
 
 def slug(text: str) -> str:
-    """Fit for a file name and an element's id."""
-    return re.sub(r"\W+", "-", text.lower()).strip("-") or "x"
+    """Fit for a file name and an element's id; what had to be changed is told apart by a checksum ("C", "C++")."""
+    plain = re.sub(r"\W+", "-", text.lower()).strip("-")
+    return plain if plain == text.lower() else f"{plain or 'x'}-{zlib.crc32(text.encode()):08x}"
 
 
 def reached(method: Mapping[str, Any]) -> int:

@@ -54,6 +54,21 @@ def test_item_dropout_acts_in_training_only(model: SequenceRecommender) -> None:
         assert not torch.allclose(still(tokens), model(tokens), atol=1e-2)
 
 
+def test_a_scaled_embedding_enters_the_blocks_times_the_root_of_the_width(model: SequenceRecommender) -> None:
+    scaled = SequenceRecommender(dataclasses.replace(model.config, scale_embedding=True)).eval()
+    scaled.load_state_dict(model.state_dict())
+    tokens = torch.tensor([[3, 1, 4]])
+    entered = []
+    for one in (model, scaled):
+        with one.transformer.h[0].register_forward_pre_hook(lambda _, args: entered.append(args[0])):
+            one(tokens)
+    positions = model.transformer.wpe(torch.arange(3))
+    expected = (entered[0] - positions) * model.config.d_model**0.5 + positions
+    torch.testing.assert_close(entered[1], expected)
+    # The head reads the embedding as it is.
+    torch.testing.assert_close(scaled.scores(entered[0]), model.scores(entered[0]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 0), (2, 9)])
 def test_tokens_of_the_wrong_shape_are_refused(model: SequenceRecommender, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="tokens: expected"):
