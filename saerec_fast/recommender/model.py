@@ -120,6 +120,11 @@ class SequenceRecommender(nn.Module):
         return self.item_embedding.weight[PADDING + 1 :]
 
     @property
+    def embedding_scale(self) -> float:
+        """What the item embedding is multiplied by before the position is added."""
+        return math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.item_embedding.weight.device
@@ -146,7 +151,7 @@ class SequenceRecommender(nn.Module):
             kept = torch.rand(tokens.shape, device=tokens.device) >= self.config.item_dropout
             embedded = embedded * kept.unsqueeze(-1)
         if self.config.scale_embedding:
-            embedded = embedded * math.sqrt(self.config.d_model)
+            embedded = embedded * self.embedding_scale
         hidden = self.transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class _Batch:
     """What does not depend on the plan, for B histories of at most L items.
 
-    ``hidden (B, L, d)`` at the site; ``added``, what the model adds to it before the next block (broadcasts to it);
+    ``hidden (B, L, d)`` at the site; ``added``, what the model adds to it (to the scaled item embedding) before the next
+    block (broadcasts to it);
     ``valid (B, L)``; ``last (B,)``, each row's last position; ``untouched``, keys and values ``(B, heads, L, d/heads)``
     of every later block; ``seen``, the items to leave out.
     """
@@ -77,6 +78,7 @@ class SteeredRanking:
         self.model, self.sae, self.site, self.k = model, sae, site, k
         self.popularity = popularity
         self._normalise = site != "last"
+        self._scale = model.embedding_scale if site == "embedding" else 1.0
         self._blocks = _later_blocks(model, site)
         self._heads = model.config.n_heads
         users = np.flatnonzero(np.diff(dataset.offsets) >= 2)
@@ -138,7 +140,7 @@ class SteeredRanking:
             added = self.model.get_submodule("transformer.wpe").weight[: tokens.shape[1]]  # type: ignore[index]
         elif "residual" in found:
             added = found["residual"]
-        untouched, stream = [], hidden + added
+        untouched, stream = [], self._scale * hidden + added
         for block in self._blocks:
             queries, keys, values = self._project(block, stream)
             untouched.append((keys, values))
@@ -154,11 +156,11 @@ class SteeredRanking:
         everywhere = plan.at_positions("all")
         if plan.positions == "last" or not self._blocks:
             rows = self.sae.steer(batch.at_last(batch.hidden), everywhere)
-            rows = rows + batch.at_last(batch.added.expand_as(batch.hidden))
+            rows = self._scale * rows + batch.at_last(batch.added.expand_as(batch.hidden))
             for block, (keys, values) in zip(self._blocks, batch.untouched, strict=True):
                 rows = self._at_last(block, batch, rows, keys, values)
         else:
-            stream = self.sae.steer(batch.hidden, everywhere, valid=batch.valid) + batch.added
+            stream = self._scale * self.sae.steer(batch.hidden, everywhere, valid=batch.valid) + batch.added
             for block in self._blocks[:-1]:
                 attended = F.scaled_dot_product_attention(*self._project(block, stream), is_causal=True)
                 stream = self._finish(block, stream, attended)

@@ -82,6 +82,17 @@ def test_lists_equal_those_of_the_attached_plan(
         assert found.users.tolist() == expected.users.tolist()
 
 
+def test_the_same_lists_where_the_embedding_is_scaled(model: SequenceRecommender, split: Split) -> None:
+    scaled = SequenceRecommender(replace(model.config, scale_embedding=True)).eval()
+    scaled.load_state_dict(model.state_dict())
+    popularity, sae = item_popularity(split.train), make_sae(ReLU())
+    for site in ("embedding", "block.0"):
+        ranking = SteeredRanking(scaled, split.test, sae, site, popularity=popularity)
+        for name, plan in PLANS.items():
+            expected = evaluate_steered(scaled, split.test, sae, site, plan, popularity=popularity)
+            assert (ranking.lists(plan) == expected.recommended).mean() > 0.995, (site, name)
+
+
 def test_plans_do_not_leave_anything_behind(model: SequenceRecommender, split: Split) -> None:
     ranking = SteeredRanking(model, split.test, make_sae(ReLU()), "block.0", popularity=item_popularity(split.train))
     before = ranking.final_hidden(SteeringPlan())
