@@ -20,6 +20,7 @@ from saerec_fast.interpret.control import attribute_share
 from saerec_fast.recommender.training import progress_bar
 from saerec_fast.steering import calibrate
 from saerec_fast.study.control_methods import DOWN, REFERENCE, UP, Method, PlanMaker
+from saerec_fast.study.doses import DosedLists
 from saerec_fast.study.steered_ranking import SteeredRanking
 from saerec_fast.types import SteeringPlan
 
@@ -41,6 +42,7 @@ class StudyControlSettings:
             left out of the comparison.
         calibrated_multiples: of the original share that the calibrated plan aims at.
         share_left: of the original share that suppression aims at.
+        doses: strengths, in units of a plan, among which a method with a strength of its own for every user chooses.
         methods: names among :data:`~saerec_fast.study.control_methods.UP` and ``DOWN``; empty: all. The reference
             is always there.
         n_several: features that methods with several of them take.
@@ -57,6 +59,7 @@ class StudyControlSettings:
     largest_share: float = 0.9
     calibrated_multiples: tuple[float, ...] = (2.0, 4.0)
     share_left: float = 0.2
+    doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 11.0)
     methods: tuple[str, ...] = ()
     n_several: int = 8
     ridge: float = 0.1
@@ -78,6 +81,7 @@ class StudyControlSettings:
                 "zero_reconstruct_all",
                 "several_zero_all",
                 "subtract_even_push_last",
+                "subtract_even_push_last_per_user",
             ),
             sample_users=150,
             test_users=500,
@@ -236,13 +240,18 @@ class _Experiment:
         return found
 
     def _suppressed(self, method: Method) -> dict[str, Any]:
-        """The plan that leaves ``share_left`` on the sample, or as near to it as the method gets."""
+        """What leaves ``share_left`` on the sample, or as near to it as the method gets: a strength, or a price."""
         plan = self.maker.plan(method, self.attribute)
-        strengths = [1.0]
-        if method.op == "add":
-            wanted = [left * self.on_sample.share for left in (0.75, 0.5, self.settings.share_left)]
-            strengths = strengths_for(wanted, self._tried(plan, wanted[-1]))
-        points = [self._measured(self.test, plan.scaled(strength), strength) for strength in strengths]
+        wanted = [left * self.on_sample.share for left in (0.75, 0.5, self.settings.share_left)]
+        if method.per_user:
+            on_sample, on_test = (
+                DosedLists.measure(ranking, plan, self.settings.doses, self.has_attribute)
+                for ranking in (self.sample, self.test)
+            )
+            points = [_Point(*on_test.at(on_sample.price(share))) for share in wanted]
+        else:
+            strengths = strengths_for(wanted, self._tried(plan, wanted[-1])) if method.op == "add" else [1.0]
+            points = [self._measured(self.test, plan.scaled(strength), strength) for strength in strengths]
         kept = [suppression(point.share, point.ndcg, self.untouched.share, self.untouched.ndcg) for point in points]
         return {
             "attribute": self.attribute,
@@ -351,15 +360,22 @@ def _assemble(
         "calibrated": [one for part in parts for one in part["calibrated"]],
         "suppression": suppressed,
         "suppression_summary": [
-            {
-                "method": method.name,
-                "share_left": _mean([one["share_left"] for one in suppressed if one["method"] == method.name]),
-                "ndcg_kept": _mean([one["ndcg_kept"] for one in suppressed if one["method"] == method.name]),
-                "attributes": sum(one["method"] == method.name for one in suppressed),
-            }
+            _suppression_summary(method.name, [one for one in suppressed if one["method"] == method.name])
             for method in down
         ],
     }
+
+
+def _suppression_summary(method: str, suppressed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over attributes: of the strongest point, and of every one where all attributes have as many."""
+    counts = {len(one["points"]) for one in suppressed}
+    places = range(min(counts)) if len(counts) == 1 else [-1]
+    means = [
+        {key: _mean([one["points"][place][key] for one in suppressed]) for key in ("share_left", "ndcg_kept")}
+        for place in places
+    ]
+    strongest = means[-1] if suppressed else {"share_left": None, "ndcg_kept": None}
+    return {"method": method, **strongest, "attributes": len(suppressed), "points": means if suppressed else []}
 
 
 def compare_at_share(

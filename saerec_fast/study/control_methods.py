@@ -51,6 +51,7 @@ class Method:
         mode: of the plan.
         positions: of the plan.
         sign: 1 turns the attribute up, -1 down.
+        per_user: every user gets a strength of its own (:mod:`saerec_fast.study.doses`).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     mode: Mode
     positions: Positions
     sign: int = 1
+    per_user: bool = False
 
     @property
     def label(self) -> str:
@@ -66,13 +68,15 @@ class Method:
         if self.op == "set" and self.sign < 0:
             done = "set to 0"
         suffix = ", reconstructed" if self.mode == "reconstruct" else ""
+        suffix += ", per user" if self.per_user else ""
         return f"{_LABELS[self.source]}: {done}, {self.positions} positions{suffix}"
 
     @property
     def sentence(self) -> str:
         kept = "the SAE's error is kept" if self.mode == "delta" else "the hidden state is replaced by the decoded one"
         where = "at every position" if self.positions == "all" else "at the last position only"
-        return f"{self.label.split(': ')[1].split(',')[0].capitalize()} {_SOURCES[self.source]}, {where}; {kept}."
+        dose = " Each user's strength is the one that loses least expected NDCG for the share." if self.per_user else ""
+        return f"{self.label.split(': ')[1].split(',')[0].capitalize()} {_SOURCES[self.source]}, {where}; {kept}.{dose}"
 
     def as_dict(self) -> dict[str, Any]:
         """For the page."""
@@ -116,6 +120,8 @@ DOWN: tuple[Method, ...] = (
     Method("subtract_contrastive_last", "contrastive", "add", "delta", "last", -1),
     Method("subtract_even_push_all", "even_push", "add", "delta", "all", -1),
     Method("subtract_even_push_last", "even_push", "add", "delta", "last", -1),
+    Method("subtract_feature_last_per_user", "single", "add", "delta", "last", -1, per_user=True),
+    Method("subtract_even_push_last_per_user", "even_push", "add", "delta", "last", -1, per_user=True),
 )
 
 

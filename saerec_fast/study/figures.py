@@ -17,11 +17,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from saerec_fast.files import write_text
 from saerec_fast.interpret import figures as shared
 from saerec_fast.interpret.figures import GREY, INK, MARKERS, SERIES, mark_untouched, new_figure, svg
+from saerec_fast.study.goals import NDCG_KEPT_BY_SUPPRESSION, SHARE_LEFT
 from saerec_fast.study.tables import ranked_methods, reached, relative, slug
 
 WIDTH = 410
@@ -358,17 +360,45 @@ def _control(control: Mapping[str, Any]) -> Iterable[Drawing]:
         yield Drawing(name, "control", "", _curves(own, attribute, baseline, labels, chosen, name))
     summary = [one for one in control.get("suppression_summary", []) if one["share_left"] is not None]
     if summary:
-        rows = [
-            (labels.get(one["method"], one["method"]), [one["share_left"], None, None])
-            for one in sorted(summary, key=lambda one: one["share_left"])
-        ]
-        text = "Share of the attribute left"
         yield Drawing(
             "suppression",
             "suppression",
-            "Mean over attributes, at the strength of each method's row in the table.",
-            _intervals(rows, text, "suppression", text, percent=True),
+            "Means over attributes; the table has the left end of every curve. The green corner is the goal. Named are "
+            "the paper's method and those that keep most of NDCG@10 with little of the share left.",
+            _suppression(summary, labels, "suppression"),
         )
+
+
+def _suppression(summary: Sequence[Mapping[str, Any]], labels: Mapping[str, str], name: str) -> str:
+    """What is left of the share against what is kept of NDCG."""
+    strong = [one for one in summary if one["share_left"] <= SHARE_LEFT + 0.05]
+    best = sorted(strong, key=lambda one: -one["ndcg_kept"])[: len(SERIES) - 1]
+    drawn = list(dict.fromkeys([summary[0]["method"], *(one["method"] for one in best)]))[: len(SERIES)]
+    figure, axes = _panel(320 + 19 * (len(drawn) + 3))
+    axes.add_patch(Rectangle((0, NDCG_KEPT_BY_SUPPRESSION), SHARE_LEFT, 1, color=SERIES[2], alpha=0.18, linewidth=0))
+    others = False
+    for one in summary:
+        points = sorted(
+            [*one.get("points", [one]), {"share_left": 1.0, "ndcg_kept": 1.0}], key=lambda p: p["share_left"]
+        )
+        x, y = [point["share_left"] for point in points], [point["ndcg_kept"] for point in points]
+        if one["method"] not in drawn:
+            axes.plot(x, y, color=GREY, linewidth=0.8, alpha=0.5, label=None if others else "other methods", zorder=1)
+            others = True
+            continue
+        number = drawn.index(one["method"])
+        label = labels.get(one["method"], one["method"])
+        axes.plot(x, y, color=SERIES[number], marker=MARKERS[number], markersize=4.5, linewidth=1.7, label=label)
+    mark_untouched(axes, 1.0, 1.0)
+    axes.set_xlim(left=0)
+    axes.set_ylim(top=1.02)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel("Share of the attribute left in the top 10")
+    axes.set_ylabel("NDCG@10 kept")
+    _legend(figure, 1)
+    return svg(figure, name, "Suppression", "Share left against NDCG@10 kept: " + ", ".join(drawn))
 
 
 def _curves(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
 class _Batch:
     """What does not depend on the plan, for B histories of at most L items.
 
-    ``hidden (B, L, d)`` at the site; ``added``, what the model adds to it (to the scaled item embedding) before the next
-    block (broadcasts to it);
-    ``valid (B, L)``; ``last (B,)``, each row's last position; ``untouched``, keys and values ``(B, heads, L, d/heads)``
-    of every later block; ``seen``, the items to leave out.
+    ``hidden (B, L, d)`` at the site; ``added``, what the model adds to it (to the scaled item embedding) before the
+    next block (broadcasts to it); ``valid (B, L)``; ``last (B,)``, each row's last position; ``untouched``, keys and
+    values ``(B, heads, L, d/heads)`` of every later block; ``seen``, the items to leave out.
     """
 
     hidden: Tensor
@@ -114,6 +114,40 @@ class SteeredRanking:
     def final_hidden(self, plan: SteeringPlan) -> Tensor:
         """What the head reads at each user's last position, ``(n_users, d)``; raises as :meth:`metrics`."""
         return torch.cat([self._final(batch, plan) for batch in self._batches])
+
+    def expected_ndcg(self, lists: np.ndarray) -> np.ndarray:
+        """The NDCG that the untouched recommender expects of lists: the sum of an item's probability (softmax over
+        all items its user has not seen) over ``log2(1 + place)``.
+
+        Args:
+            lists: int64 ``(n_users, k)`` of unseen items, -1 where there is none.
+
+        Returns:
+            float64 ``(n_users,)``.
+        """
+        final, log_total = self._untouched
+        embeddings = self.model.item_embeddings.detach().double()
+        places = torch.from_numpy(np.maximum(lists, 0))
+        scores = torch.einsum("ukd,ud->uk", embeddings[places], final)
+        gains = torch.exp(scores - log_total[:, None]).numpy() / np.log2(np.arange(lists.shape[1]) + 2)
+        expected: np.ndarray = np.where(lists >= 0, gains, 0.0).sum(axis=1)
+        return expected
+
+    @cached_property
+    @torch.inference_mode()
+    def _untouched(self) -> tuple[Tensor, Tensor]:
+        """Without a plan, float64: the head's input at the last positions ``(n_users, d)``, and the logarithm of the
+        summed exponentials of the scores of unseen items ``(n_users,)``."""
+        embeddings = self.model.item_embeddings.double()
+        finals, totals = [], []
+        for batch in self._batches:
+            final = self._final(batch, SteeringPlan()).double()
+            scores = final @ embeddings.T
+            rows = torch.repeat_interleave(torch.arange(len(final)), batch.seen.offsets.diff())
+            scores[rows, batch.seen.ids] = -torch.inf
+            finals.append(final)
+            totals.append(scores.logsumexp(dim=1))
+        return torch.cat(finals), torch.cat(totals)
 
     @torch.inference_mode()
     def _prepare(self, histories: Sequence[np.ndarray]) -> _Batch:
