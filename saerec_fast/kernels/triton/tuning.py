@@ -105,8 +105,9 @@ def launch_tuned(
         if kind not in _chosen and _asked and not is_captured(tensors[0]):
             # One at a time: two would time each other. The last run of the trials is the launch.
             with _lock:
-                _chosen[kind] = fastest(kernel, configurations, grid, appends_to, args, constants)
-            return _chosen[kind]
+                if kind not in _chosen:
+                    _chosen[kind] = fastest(kernel, configurations, grid, appends_to, args, constants)
+                    return _chosen[kind]
         configuration = _chosen.get(kind, configuration)
     constants |= configuration.kwargs
     schedule = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
