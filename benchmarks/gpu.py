@@ -1,7 +1,9 @@
-"""Times the GPU kernels beside PyTorch and checks them in the same run: ``make gpu`` calls it.
+"""Times the GPU kernels beside PyTorch and SAE libraries and checks them in the same run: ``make gpu`` calls it.
 
-``python benchmarks/gpu.py [--check] [--device cuda] [--out benchmarks/results]`` writes ``<gpu>.md``. ``--check`` only
-says whether there is a GPU to run on. ``--device cpu`` goes through the same steps with small sizes, to try the script.
+``python benchmarks/gpu.py [--check] [--device cuda] [--seconds 240] [--out benchmarks/results]`` writes ``<gpu>.md``.
+``--check`` only says whether there is a GPU to run on. ``--device cpu`` goes through the same steps with small sizes,
+to try the script. After ``--seconds`` nothing more is measured, and the report says what was left out; what the
+project's goals speak of comes first.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 try:
     import torch
@@ -25,7 +28,8 @@ except ImportError as error:
     sys.exit(f"make gpu: {sys.executable} has no PyTorch ({error}); GPU_PYTHON=... names another Python.")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+# Of this folder too: `make gpu` keeps a script's own folder off the path.
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 Way = Callable[[], object]
 
@@ -38,6 +42,15 @@ CHECKED_ROWS = 4096
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 # Scores rounded to bfloat16 select other features.
 PEER_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+# The ways of ways.py that run on a GPU, in its order; each is built on the device in the dtype of its section. sparsify
+# multiplies in bfloat16 whatever it is given.
+FORWARD_PEERS = ("eager_bag", "eager_dense", "compiled_bag", "sae_lens", "sparsify", "dictionary_learning")
+STEP_PEERS = ("eager_bag", "sae_lens", "sae_lens_sparse", "sparsify", "dictionary_learning")
+ROUNDED_PEERS = ("sparsify",)
+# Compiling takes longer than all the rest: once a dtype.
+COMPILED_WIDTH = 64
+# Seconds of a way's rounds, after which three suffice.
+WAY_SECONDS = 0.5
 # Rows in which rounding may decide which feature is the k-th are left out of the check.
 UNDECIDED_GAP = 1e-4
 
@@ -49,14 +62,24 @@ class Rates:
     bytes: float
     operations: dict[torch.dtype, float]
 
-    def floor(self, moved: float, operations: float, dtype: torch.dtype) -> float:
-        """The seconds that no program of so many bytes and operations goes below."""
-        return max(moved / self.bytes, operations / self.operations[dtype])
+    def work(self, moved: float, operations: float, dtype: torch.dtype) -> Work:
+        """With the seconds that no program of so many bytes and operations goes below."""
+        return Work(moved, operations, max(moved / self.bytes, operations / self.operations[dtype]))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What has to be done at least: bytes through memory, operations, and the seconds that these take."""
+
+    moved: float
+    operations: float
+    seconds: float
 
 
 @dataclass
 class Row:
     way: str
+    work: Work
     seconds: float | None  # on the device, a median
     call_seconds: float | None = None  # of the host, where calls follow each other
     error: float | None = None
@@ -66,15 +89,15 @@ class Row:
 @dataclass
 class Section:
     title: str
-    floor: float
-    moved: float
-    operations: float
+    work: Work
     rows: list[Row] = field(default_factory=list)
 
 
 class Bench:
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, seconds: float = float("inf")) -> None:
         self.device = device
+        self.end = time.monotonic() + seconds
+        self.left_out = 0  # sections
         self.quick = device == "cpu"
         self.generator = torch.Generator(device).manual_seed(0)
 
@@ -112,8 +135,9 @@ class Bench:
             replay()
         else:
             calls = 1
-        seconds = []
-        for _ in range(rounds):
+        seconds: list[float] = []
+        start = time.monotonic()
+        while len(seconds) < rounds and (len(seconds) < 3 or time.monotonic() < start + WAY_SECONDS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             replay()
@@ -141,13 +165,19 @@ class Bench:
         tolerance: float,
         *,
         graph: bool,
+        work: Work | None = None,
+        note: str = "",
     ) -> None:
-        """Adds a row: a time for a way that is right, else the reason why there is none. A string is such a reason."""
-        if isinstance(way, str):
-            section.rows.append(Row(name, None, note=way))
-            return
-        row = Row(name, None)
+        """Adds a row: a time for a way that is right, else the reason why there is none. A string is such a reason.
+
+        ``work`` is that of the section unless told.
+        """
+        if not isinstance(way, str) and time.monotonic() > self.end:
+            way = "left out: the time was up"
+        row = Row(name, work or section.work, None, note=way if isinstance(way, str) else note)
         section.rows.append(row)
+        if isinstance(way, str):
+            return
         try:
             if check is not None:
                 row.error = check(way())
@@ -159,7 +189,12 @@ class Bench:
             if graph:
                 row.call_seconds = self.call_time(way)
         except Exception as error:  # one way that cannot run leaves the others their figures
-            row.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+            row.note = reason(error)
+
+
+def reason(error: Exception) -> str:
+    """The first line, for a cell of a table."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
 
 
 def relative_error(out: Tensor, truth: Tensor, rows: Tensor) -> float:
@@ -207,10 +242,11 @@ class Problem:
     def pre_activations(self) -> Tensor:
         return torch.addmm(self.b_enc, self.x - self.b_dec, self.W_enc.T)
 
-    def addmm(self) -> Way:
-        """The yardstick: the bare encoder product in bfloat16, which stores all scores."""
-        x, W_enc, b_enc = (tensor.to(torch.bfloat16) for tensor in (self.x, self.W_enc, self.b_enc))
-        return lambda: torch.addmm(b_enc, x, W_enc.T)
+    def inputs(self, dtype: torch.dtype) -> Any:
+        """As the ways of ways.py take them."""
+        from cases import Inputs
+
+        return Inputs(*self.arguments()).to(dtype)
 
     def encoder_operations(self) -> int:
         return 2 * self.x.numel() * self.W_enc.shape[0]
@@ -231,6 +267,69 @@ def eager_reconstruct(problem: Problem) -> Tensor:
     top = problem.pre_activations().topk(problem.k, dim=-1)
     decoded = F.embedding_bag(top.indices, problem.W_dec, per_sample_weights=top.values.relu(), mode="sum")
     return decoded + problem.b_dec
+
+
+def measure_yardstick(bench: Bench, rates: Rates, section: Section, problem: Problem, *, graph: bool) -> None:
+    """The bare encoder product in bfloat16, which reads all there is to encode and stores all scores."""
+    import ways
+
+    inputs, rows, dtype = problem.inputs(torch.bfloat16), problem.x.shape[0], torch.bfloat16
+    numbers = inputs.x.numel() + inputs.W_enc.numel() + rows * inputs.W_enc.shape[0]
+    work = rates.work(numbers * dtype.itemsize, problem.encoder_operations(), dtype)
+    product = ways.encoder_addmm(inputs, problem.k)
+    name = "torch.addmm, bfloat16 (the encoder alone)"
+    bench.measure(section, name, lambda: product(inputs.x), None, 0.0, graph=graph, work=work)
+
+
+def built(build: Callable[[], Way]) -> Way | str:
+    """A way, or why it cannot be built here."""
+    from peers import PeerUnavailableError
+
+    try:
+        return build()
+    except PeerUnavailableError as error:
+        missing = isinstance(error.__cause__, ModuleNotFoundError)
+        return f"not installed: {error.__cause__}" if missing else f"not available: {error}"
+    except Exception as error:  # what a library cannot do on this device or in this dtype
+        return reason(error)
+
+
+def measure_tuned(
+    bench: Bench, section: Section, name: str, way: Way | str, check: Callable[[object], float], tolerance: float
+) -> None:
+    """The same after tuning, with the configurations it chose; results must be the same bits."""
+    configurations = ""
+    if not isinstance(way, str) and time.monotonic() < bench.end:
+        from saerec_fast.kernels.triton import tuning
+
+        untuned = check
+        try:
+            default, before = way(), tuning.chosen()
+            with tuning.autotuning():
+                way()
+            configurations = described({k: c for k, c in tuning.chosen().items() if k not in before})
+
+            def check(out: object) -> float:
+                return untuned(out) if same_bits(out, default) else float("nan")
+        except Exception as error:
+            way = reason(error)
+
+    bench.measure(section, f"{name}, tuned", way, check, tolerance, graph=False, note=configurations)
+
+
+def same_bits(out: object, expected: object) -> bool:
+    tensors, others = (list(found) if isinstance(found, list) else [found] for found in (out, expected))
+    return len(tensors) == len(others) and all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+def described(choices: dict[Any, Any]) -> str:
+    """Kernels and the configurations that were chosen for them."""
+    texts = []
+    for kind, configuration in choices.items():
+        constants = "".join(f", {name} {value}" for name, value in configuration.kwargs.items())
+        schedule = f"{configuration.num_warps} warps, {configuration.num_stages} stages"
+        texts.append(f"{kind.kernel} ({kind.rows} rows): {schedule}{constants}")
+    return "; ".join(sorted(texts))
 
 
 def usable(backend: str) -> str:
@@ -255,9 +354,7 @@ def serving(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
     moved = problem.weight_bytes() + size * (2 * problem.x.numel() + len(chosen) * d)
     section = Section(
         f"Serving steer, {rows} rows, (d, n, k) = ({d}, {n}, {k}), {name_of(dtype)}",
-        rates.floor(moved, problem.encoder_operations(), dtype),
-        moved,
-        problem.encoder_operations(),
+        rates.work(moved, problem.encoder_operations(), dtype),
     )
 
     def check(out: object) -> float:
@@ -282,7 +379,7 @@ def serving(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
         compiled = torch.compile(eager_steer)
         way = lambda: compiled(problem, features, typed)  # noqa: E731 - a way among others
         bench.measure(section, "torch.compile", way, check, peer, graph=True)
-    bench.measure(section, "torch.addmm, bfloat16 (the encoder alone)", problem.addmm(), None, 0.0, graph=True)
+    measure_yardstick(bench, rates, section, problem, graph=True)
     bench.measure(section, "saerec_fast, CUDA C++", cuda.available() or kernel, check, tolerance, graph=True)
     bench.measure(section, "saerec_fast.steer, backend cuda", public("cuda"), check, tolerance, graph=True)
     bench.measure(section, "saerec_fast.steer, backend triton", public("triton"), check, tolerance, graph=True)
@@ -301,9 +398,7 @@ def forward(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
     moved = 2 * problem.weight_bytes() + size * 2 * problem.x.numel()
     section = Section(
         f"Encode + decode, {rows} rows, (d, n, k) = ({d}, {n}, {k}), {name_of(dtype)}",
-        rates.floor(moved, operations, dtype),
-        moved,
-        operations,
+        rates.work(moved, operations, dtype),
     )
 
     def check(out: object) -> float:
@@ -313,15 +408,25 @@ def forward(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtype
     def triton() -> Tensor:
         return fast.reconstruct(*problem.arguments(), fast.TopK(k), backend="triton")
 
-    tolerance, peer = TOLERANCES[dtype], PEER_TOLERANCES[dtype]
-    bench.measure(section, "eager PyTorch", lambda: eager_reconstruct(problem), check, peer, graph=False)
-    if d == 64 and not bench.quick:
-        compiled = torch.compile(eager_reconstruct)
-        bench.measure(section, "torch.compile", lambda: compiled(problem), check, peer, graph=False)
-    bench.measure(section, "torch.addmm, bfloat16 (the encoder alone)", problem.addmm(), None, 0.0, graph=False)
-    bench.measure(
-        section, "saerec_fast.reconstruct, backend triton", usable("triton") or triton, check, tolerance, graph=False
-    )
+    import ways
+
+    tolerance = TOLERANCES[dtype]
+    inputs = problem.inputs(dtype)
+    for name in FORWARD_PEERS:
+        if ways.TOPK[name].compiled and (d != COMPILED_WIDTH or bench.quick):
+            continue
+
+        def build(name: str = name) -> Way:
+            call = ways.TOPK[name].build(inputs, k)
+            return lambda: call(inputs.x)
+
+        peer = PEER_TOLERANCES[torch.bfloat16 if name in ROUNDED_PEERS else dtype]
+        with torch.no_grad():
+            bench.measure(section, name, built(build), check, peer, graph=False)
+    measure_yardstick(bench, rates, section, problem, graph=False)
+    ours = usable("triton") or triton
+    bench.measure(section, "saerec_fast.reconstruct, backend triton", ours, check, tolerance, graph=False)
+    measure_tuned(bench, section, "saerec_fast.reconstruct, backend triton", ours, check, tolerance)
     return section
 
 
@@ -338,9 +443,7 @@ def training(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtyp
     moved = 4 * problem.weight_bytes() + size * problem.x.numel()
     section = Section(
         f"Training step, {rows} rows, (d, n, k) = ({d}, {n}, {k}), {name_of(dtype)}",
-        rates.floor(moved, operations, dtype),
-        moved,
-        operations,
+        rates.work(moved, operations, dtype),
     )
 
     def step(reconstruct: Callable[[Problem], Tensor], of: Problem) -> list[Tensor]:
@@ -361,11 +464,21 @@ def training(bench: Bench, rates: Rates, d: int, n: int, k: int, rows: int, dtyp
     def triton(of: Problem) -> Tensor:
         return fast.reconstruct(*of.arguments(), fast.TopK(k), backend="triton")
 
-    eager = lambda: step(eager_reconstruct, problem)  # noqa: E731 - a way among others
+    import ways
+
+    inputs = problem.inputs(dtype)
+    for name in STEP_PEERS:
+
+        def build(name: str = name) -> Way:
+            library_step = ways.STEP_TOPK[name].build(inputs, k)
+            return lambda: [library_step(inputs.x), library_step.gradients()][1]
+
+        peer = PEER_TOLERANCES[torch.bfloat16 if name in ROUNDED_PEERS else dtype]
+        bench.measure(section, name, built(build), check, peer, graph=False)
+    measure_yardstick(bench, rates, section, problem, graph=False)
     ours = usable("triton") or (lambda: step(triton, problem))
-    bench.measure(section, "eager PyTorch", eager, check, PEER_TOLERANCES[dtype], graph=False)
-    bench.measure(section, "torch.addmm, bfloat16 (the encoder alone)", problem.addmm(), None, 0.0, graph=False)
     bench.measure(section, "saerec_fast.reconstruct, backend triton", ours, check, tolerance, graph=False)
+    measure_tuned(bench, section, "saerec_fast.reconstruct, backend triton", ours, check, tolerance)
     return section
 
 
@@ -377,15 +490,20 @@ def run(bench: Bench, rates: Rates) -> list[Section]:
     if bench.quick:
         sizes = (8, 40, 4)
         return [make(bench, rates, *sizes, 6, torch.float32) for make in (serving, forward, training)]
-    sections = [
-        serving(bench, rates, *sizes, rows, dtype)
-        for sizes in DICTIONARIES
-        for dtype in TOLERANCES
-        for rows in SERVING_ROWS
-    ]
-    sections += [forward(bench, rates, *sizes, LARGE_BATCH, dtype) for sizes in DICTIONARIES for dtype in TOLERANCES]
-    # The truth of a training step is dense, in float64, and needs the whole batch.
-    sections += [training(bench, rates, *DICTIONARIES[0], 16384, dtype) for dtype in TOLERANCES]
+    # What the goals speak of first. The truth of a training step is dense, in float64, and needs the whole batch.
+    calls: list[tuple[Any, ...]] = [(forward, *DICTIONARIES[0], LARGE_BATCH, dtype) for dtype in TOLERANCES]
+    calls += [(training, *DICTIONARIES[0], 16384, dtype) for dtype in TOLERANCES]
+    calls += [(serving, *DICTIONARIES[0], rows, dtype) for rows in SERVING_ROWS for dtype in TOLERANCES]
+    for sizes in DICTIONARIES[1:]:
+        calls += [(forward, *sizes, LARGE_BATCH, dtype) for dtype in TOLERANCES]
+        calls += [(serving, *sizes, rows, dtype) for rows in SERVING_ROWS for dtype in TOLERANCES]
+    sections = []
+    for make, *arguments in calls:
+        if time.monotonic() > bench.end:
+            print(f"left out, the time was up: {make.__name__} {arguments}")
+            bench.left_out += 1
+            continue
+        sections.append(make(bench, rates, *arguments))
     return sections
 
 
@@ -399,24 +517,36 @@ def report(bench: Bench, rates: Rates, sections: list[Section]) -> str:
         f"`make gpu` at commit {commit()}; {versions}. Measured ceilings: copy "
         f"{rates.bytes / 1e12:.3g} TB/s (bytes read and written), {rate_text}.",
         "Times are medians on the device; serving calls are replayed from a CUDA graph of 20, whose weights stay in "
-        "the second-level cache. *call* is the host's time a call without a graph. The floor is the larger of bytes "
-        "over the copy rate and operations over the rate of products. *error* is ‖out − truth‖ / ‖truth‖ against "
+        "the second-level cache. *call* is the host's time a call without a graph. The floor of a way is the larger of "
+        "its bytes over the copy rate and its operations over the rate of products; the yardstick, which stores all "
+        "scores, has its own. *error* is ‖out − truth‖ / ‖truth‖ against "
         "float64 in the same run, without rows in which rounding decides about the k-th feature; a wrong way has no "
-        "time. PyTorch in bfloat16 rounds its scores before it selects, and is allowed the error that this makes.",
+        "time. PyTorch in bfloat16 rounds its scores before it selects, and is allowed the error that this makes; so "
+        f"is {', '.join(ROUNDED_PEERS)}, which multiplies in bfloat16 whatever it is given. *tuned*: with the "
+        "configurations in the note, which must give the bits of the default.",
+        "Libraries: " + ", ".join(f"{name} {found}" for name, found in peer_versions().items()) + ".",
     ]
     for section in sections:
         parts.append(f"## {section.title}")
-        parts.append(
-            f"Floor {micros(section.floor)} µs: {section.moved / 1e6:.3g} MB, {section.operations / 1e9:.3g} GFLOP."
-        )
-        lines = ["| way | µs | × floor | call µs | error | |", "|---|---|---|---|---|---|"]
+        lines = ["| way | µs | floor µs | MB | GFLOP | × floor | call µs | error | |", "|---" * 9 + "|"]
         for row in section.rows:
-            ratio = "–" if row.seconds is None else f"{row.seconds / section.floor:.1f}"
+            work = row.work
+            ratio = "–" if row.seconds is None else f"{row.seconds / work.seconds:.1f}"
+            floor = [micros(work.seconds), f"{work.moved / 1e6:.3g}", f"{work.operations / 1e9:.3g}"]
             error = "–" if row.error is None else f"{row.error:.1e}"
-            cells = [row.way, micros(row.seconds), ratio, micros(row.call_seconds), error, row.note]
+            cells = [row.way, micros(row.seconds), *floor, ratio, micros(row.call_seconds), error, row.note]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    if bench.left_out:
+        parts.append(f"Left out, since the time was up: {bench.left_out} sections.")
     return "\n\n".join(parts) + "\n"
+
+
+def peer_versions() -> dict[str, str]:
+    """Of the libraries among the ways, or that they are missing."""
+    import peers
+
+    return {name: peers.version_of(name) for name in ("sae_lens", "sparsify", "dictionary_learning")}
 
 
 def micros(seconds: float | None) -> str:
@@ -436,13 +566,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("make gpu: PyTorch sees no CUDA device, and without one there is nothing to test or to time.")
     if options.check:
         return
-    bench = Bench(options.device)
+    import peers
+
+    peers.set_environment()
+    bench = Bench(options.device, options.seconds)
     rates = bench.rates()
     text = report(bench, rates, run(bench, rates))
     options.out.mkdir(parents=True, exist_ok=True)

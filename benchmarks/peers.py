@@ -73,10 +73,11 @@ def load(peer: str) -> Any:
 
 def versions() -> dict[str, str]:
     """Version of every peer, or why it is missing."""
-    return {peer: _version(peer) for peer in PEERS}
+    return {peer: version_of(peer) for peer in PEERS}
 
 
-def _version(peer: str) -> str:
+def version_of(peer: str) -> str:
+    """Its version, or why it is missing."""
     try:
         load(peer)
         return version(PEERS[peer][0])

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import peers
-import scipy.sparse
 import torch
 from cases import Inputs
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from workloads import L1_COEFFICIENT, MAX_SEEN, Catalogue
@@ -37,6 +35,9 @@ class Way:
 
 def set_threads(count: int) -> None:
     """Let all libraries loaded so far compute with ``count`` threads."""
+    # Here and below imported where needed: a machine with a GPU may lack what only other ways need.
+    from threadpoolctl import ThreadpoolController
+
     for library in ThreadpoolController().lib_controllers:
         # implicit splits the users over threads of its own and asks for the BLAS of scipy to have one.
         library.set_num_threads(1 if "scipy" in library.prefix else count)
@@ -329,6 +330,8 @@ def faiss_catalogue(inputs: Catalogue, k: int) -> Search:
 
 
 def implicit_catalogue(inputs: Catalogue, k: int) -> Search:
+    import scipy.sparse
+
     topk = peers.load("implicit").cpu.topk.topk
     rows, items = len(inputs.x), inputs.items.numpy()
     offsets, ids = (tensor.int().numpy() for tensor in inputs.seen)
@@ -383,7 +386,8 @@ def _backward(loss_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def _load(module: nn.Module, **tensors: Tensor) -> None:
-    """Copies weights into the parameters of those names (dotted paths)."""
+    """Copies weights into the parameters of those names (dotted paths), in the weights' dtype and on their device."""
+    module.to(next(iter(tensors.values())))
     for name, tensor in tensors.items():
         parameter = module.get_parameter(name.replace("__", "."))
         assert parameter.shape == tensor.shape, name

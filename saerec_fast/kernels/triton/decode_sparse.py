@@ -8,9 +8,14 @@ its own entries alone. Duplicates simply add up.
 
 Tile: 16 entries × up to 256 columns: 16 rows of W_dec in flight hide the latency of a gather from the second-level
 cache, and one program then covers the width of most dictionaries.
+
+Configurations: how many of these gathers are under way. Each waits for the indices before it, and a row has only 2 to 4
+of them, so that more than three cannot be of use. Warps and tile stay, since the order of a sum is theirs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saerec_fast.kernels.triton.floats import to_dtype_of, to_float32
-from saerec_fast.kernels.triton.launch import launch
+from saerec_fast.kernels.triton.tuning import launch_tuned
 
 
 @triton.jit
@@ -33,10 +38,11 @@ def decoded(
     is_column,
     BLOCK_D: tl.constexpr,
     ENTRIES: tl.constexpr,
+    STAGES: tl.constexpr = 1,
 ):
     """``Σ value · w[index]`` over entries ``begin … end``, float32 ``(BLOCK_D,)``."""
     total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(begin, end, ENTRIES):
+    for start in tl.range(begin, end, ENTRIES, num_stages=STAGES):
         entries = start + tl.arange(0, ENTRIES)
         indices = tl.load(indices_ptr + entries, mask=entries < end, other=-1)
         values = to_float32(tl.load(values_ptr + entries, mask=entries < end, other=0.0))
@@ -61,18 +67,22 @@ def decode_kernel(
     BIASED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ENTRIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_column = columns < d
     begin, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
-    total = decoded(indices_ptr, values_ptr, begin, end, w_ptr, w_row, columns, is_column, BLOCK_D, ENTRIES)
+    total = decoded(indices_ptr, values_ptr, begin, end, w_ptr, w_row, columns, is_column, BLOCK_D, ENTRIES, STAGES)
     if BIASED:
         total += to_float32(tl.load(bias_ptr + columns, mask=is_column, other=0.0))
     tl.store(out_ptr + row * d + columns, to_dtype_of(total, out_ptr), mask=is_column)
 
 
-def block_of(d: int) -> dict[str, int]:
+CONFIGURATIONS = [triton.Config({"STAGES": stages}, num_warps=4) for stages in (1, 2, 3)]
+
+
+def block_of(d: int) -> dict[str, Any]:
     return {"BLOCK_D": max(min(triton.next_power_of_2(d), 256), 16), "ENTRIES": 16}
 
 
@@ -93,10 +103,11 @@ def decode_sparse(
     W_dec = unit_columns(W_dec)
     n_rows, d = offsets.shape[0] - 1, W_dec.shape[1]
     out = torch.empty((n_rows, d), dtype=dtype or W_dec.dtype, device=W_dec.device)
-    block = block_of(d)
-    launch(
+    launch_tuned(
         decode_kernel,
-        (n_rows, triton.cdiv(d, block["BLOCK_D"])),
+        CONFIGURATIONS,
+        lambda constants: (n_rows, triton.cdiv(d, constants["BLOCK_D"])),
+        (n_rows, d),
         offsets,
         indices,
         values,
@@ -106,7 +117,6 @@ def decode_sparse(
         out,
         d,
         BIASED=b_dec is not None,
-        num_warps=4,
-        **block,
+        **block_of(d),
     )
     return out

@@ -37,8 +37,13 @@ def recording() -> Iterator[None]:
         _recorded.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether a graph is being traced, whose tensors hold nothing."""
+    return _recorded.get()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Starts a kernel on the current stream, unless its grid is empty, which CUDA refuses."""
     if 0 not in grid:
-        kernel = wrap_triton(kernel) if _recorded.get() else kernel
+        kernel = wrap_triton(kernel) if is_recording() else kernel
         kernel[grid](*args, **constants, **OPTIONS)

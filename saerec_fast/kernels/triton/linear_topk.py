@@ -22,6 +22,10 @@ Accumulator: float32. Excluded features are a bit mask ``(R, n / 32)``.
 Sizes: groups are about 4 k, so that the bound is passed by about 1.15 k features of random data (see docs/gpu.md), and
 more where few rows would leave the device idle; the list holds 2 k. Dictionaries that fit into the list skip steps 1
 and 2.
+
+Configurations (tuning.py): step 1 may choose its tile, as whatever it computes only decides how many candidates there
+are. Step 3 keeps its own, and its warps: with others the tensor cores multiply in other shapes, and that those round
+alike could not be shown without hardware. It chooses how many tiles of weights are loaded ahead, in 16 bits.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ from saerec_fast.kernels.triton.scores import (
     score_tile,
 )
 from saerec_fast.kernels.triton.sort import sort_descending
+from saerec_fast.kernels.triton.tuning import launch_tuned
 
 MAX_K = 512
 
@@ -511,15 +516,17 @@ def top_k(
     tiles = triton.cdiv(n, BLOCK_FEATURES)
     per_program = triton.cdiv(tiles, min(max(PROGRAMS // blocks, 1), tiles))
     lists = (bounds, counts, candidates, n_rows, n)
-    launch(
+    launch_tuned(
         emit_kernel,
-        (blocks, triton.cdiv(tiles, per_program)),
+        emit_configurations(x.dtype),
+        lambda _: (blocks, triton.cdiv(tiles, per_program)),
+        (n_rows, n),
         *states,
         *lists,
         per_program,
+        appends_to=["counts_ptr"],
         CAPACITY=capacity,
         **constants,
-        **schedule(x.dtype),
     )
     launch(repair_kernel, (blocks,), *states, *lists, k, CAPACITY=capacity, **constants, **schedule(x.dtype))
     W_dec, b_dec = (values, None) if decoder is None else decoder
@@ -554,21 +561,31 @@ def lower_bounds(
 ) -> Tensor:
     """int32 ``(R,)``: per row an order that at least k scores reach."""
     per_group = tiles_per_group(n_rows, n, k)
-    parts = triton.cdiv(triton.cdiv(n, BLOCK_FEATURES), per_group)
-    n_groups = parts * BLOCK_FEATURES
-    maxima = torch.empty((n_rows, n_groups), dtype=torch.int32, device=device)
+    configurations = maxima_configurations(states[0].dtype)
+
+    def groups(of: dict[str, Any]) -> int:
+        return triton.cdiv(triton.cdiv(n, of["BLOCK_N"]), per_group) * of["BLOCK_N"]
+
+    def grid(of: dict[str, Any]) -> tuple[int, ...]:
+        return triton.cdiv(n_rows, of["BLOCK_M"]), groups(of) // of["BLOCK_N"]
+
+    # Room for the most groups; a row takes as many as its configuration has.
+    room = max(groups(configuration.kwargs) for configuration in configurations)
+    maxima = torch.empty((n_rows * room,), dtype=torch.int32, device=device)
     bounds = torch.empty((n_rows,), dtype=torch.int32, device=device)
-    launch(
+    launched = launch_tuned(
         group_maxima_kernel,
-        (triton.cdiv(n_rows, BLOCK_ROWS), parts),
+        configurations,
+        grid,
+        (n_rows, n, per_group),
         *states,
         maxima,
         n_rows,
         n,
         per_group,
-        **constants,
-        **schedule(states[0].dtype),
+        **{name: value for name, value in constants.items() if name not in configurations[0].kwargs},
     )
+    n_groups = groups(launched.kwargs)
     block_groups = triton.next_power_of_2(n_groups)
     block_m = rows_per_program(block_groups)
     launch(
@@ -596,6 +613,30 @@ def schedule(dtype: torch.dtype, float32_stages: int = 1) -> dict[str, int]:
     """Eight warps, two warpgroups: with four the kernels that store parts of a tile run out of registers. Weights in 16
     bits are loaded three tiles ahead; in float32, where arithmetic decides, loading ahead only costs registers."""
     return {"num_warps": 8, "num_stages": float32_stages if dtype == torch.float32 else 3}
+
+
+def maxima_configurations(dtype: torch.dtype) -> list[triton.Config]:
+    """Of step 1; all give about the same number of groups.
+
+    16 bits: loads further ahead, for latency; half the warps, so that more programs share a multiprocessor and one's
+    comparisons hide another's products; 128 rows, which read the weights half as often; 128 features, which read the
+    states half as often and make wider instructions. Both at once spill. Float32: half the warps, so that a thread
+    multiplies twice as much of what it loads; 128 features with as many more warps, since 128 rows spill.
+    """
+    tiles = [(64, 64, 8, 1), (64, 64, 4, 1), (64, 128, 16, 1)]
+    if dtype != torch.float32:
+        tiles = [(64, 64, 8, 3), (64, 64, 8, 4), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3)]
+    return [
+        triton.Config({"BLOCK_M": rows, "BLOCK_N": features}, num_warps=warps, num_stages=stages)
+        for rows, features, warps, stages in tiles
+    ]
+
+
+def emit_configurations(dtype: torch.dtype) -> list[triton.Config]:
+    """Of step 3. In float32 a second stage spills."""
+    options = schedule(dtype)
+    stages = [1] if dtype == torch.float32 else [3, 2, 4]
+    return [triton.Config({}, num_warps=options["num_warps"], num_stages=count) for count in stages]
 
 
 def linear_topk(

@@ -11,6 +11,9 @@ Accumulator: float32, rounded once. Entries with a negative index are padding.
 
 Tile: 16 entries × up to 128 columns, as in decode_sparse.py; narrower blocks, because the programs of a few very active
 features decide when the launch ends.
+
+Configurations: how many blocks of entries are under way. Such a program is a chain of loads that wait for each other
+(order, row, hidden state). Warps and tile stay, since the order of a sum is theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from saerec_fast.kernels.triton.decode_sparse import unit_columns
 from saerec_fast.kernels.triton.floats import to_dtype_of, to_float32
-from saerec_fast.kernels.triton.launch import launch
+from saerec_fast.kernels.triton.tuning import launch_tuned
 
 
 @triton.jit
@@ -40,6 +43,7 @@ def gradient_kernel(
     SHIFTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ENTRIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -49,7 +53,7 @@ def gradient_kernel(
     coefficient_total = tl.zeros([ENTRIES], tl.float32)
     if SHIFTED:
         shift = to_float32(tl.load(shift_ptr + columns, mask=is_column, other=0.0))
-    for start in range(begin, end, ENTRIES):
+    for start in tl.range(begin, end, ENTRIES, num_stages=STAGES):
         places = start + tl.arange(0, ENTRIES)
         is_entry = places < end
         entries = tl.load(order_ptr + places, mask=is_entry, other=0)
@@ -64,6 +68,9 @@ def gradient_kernel(
     tl.store(out_ptr + feature * d + columns, to_dtype_of(total, out_ptr), mask=is_column)
     if tl.program_id(1) == 0:
         tl.store(sums_ptr + feature, to_dtype_of(tl.sum(coefficient_total, axis=0), sums_ptr))
+
+
+CONFIGURATIONS = [triton.Config({"STAGES": stages}, num_warps=4) for stages in (1, 2, 3)]
 
 
 def sparse_weight_gradient(
@@ -84,10 +91,11 @@ def sparse_weight_gradient(
     entry_rows = torch.searchsorted(offsets.contiguous(), places, right=True) - 1
     out = torch.empty((n, d), dtype=dtype or rows.dtype, device=device)
     sums = torch.empty((n,), dtype=dtype or rows.dtype, device=device)
-    block = max(min(triton.next_power_of_2(d), 128), 16)
-    launch(
+    launch_tuned(
         gradient_kernel,
-        (n, triton.cdiv(d, block)),
+        CONFIGURATIONS,
+        lambda constants: (n, triton.cdiv(d, constants["BLOCK_D"])),
+        (rows.shape[0], n, d),
         bounds,
         order,
         entry_rows,
@@ -99,8 +107,7 @@ def sparse_weight_gradient(
         sums,
         d,
         SHIFTED=shift is not None,
-        BLOCK_D=block,
+        BLOCK_D=max(min(triton.next_power_of_2(d), 128), 16),
         ENTRIES=16,
-        num_warps=4,
     )
     return out, sums

@@ -1,7 +1,8 @@
 """Compiles what the ops launch, for GPUs that need not be there, and prints one line of JSON per kernel.
 
 The ops run on CPU tensors with every launch recorded instead of made, so that what is compiled is what is in use:
-types, constants, warps, stages, and what triton concludes from the values of arguments.
+types, constants, warps, stages, and what triton concludes from the values of arguments. Kernels that are tuned are
+recorded in all their configurations.
 
     python compile_kernels.py 80
 """
@@ -9,6 +10,7 @@ types, constants, warps, stages, and what triton concludes from the values of ar
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -45,6 +47,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+CASES = itertools.count()
 OPTION_NAMES = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -77,7 +80,7 @@ def recorded(shapes: list[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
     """The different kernels that the ops launch at these shapes, by a description of each."""
     jobs: dict[str, dict[str, Any]] = {}
 
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    def record(kernel: Any, grid: Any, *args: Any, case: str = "", **constants: Any) -> None:
         options = {name: constants.pop(name) for name in OPTION_NAMES if name in constants} | launching.OPTIONS
         values = dict(zip(kernel.arg_names, args, strict=False)) | constants
         assert values.keys() == set(kernel.arg_names), (kernel, values.keys())
@@ -95,15 +98,35 @@ def recorded(shapes: list[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
                     attrs[(i,)] = [["tt.divisibility", 16]]
         job = {"kernel": kernel, "signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
         described = {name: str(value) for name, value in job.items()} | {"kernel": kernel.__name__}
-        jobs.setdefault(json.dumps(described, sort_keys=True), job)
+        jobs.setdefault(json.dumps(described, sort_keys=True), job | {"case": case})
+
+    def record_all(
+        kernel: Any, configurations: Any, grid: Any, sizes: Any, *args: Any, appends_to: Any = (), **constants: Any
+    ) -> Any:
+        case = f"{kernel.__name__} {next(CASES)}"
+        for configuration in configurations:
+            options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+            record(kernel, None, *args, case=case, **constants, **configuration.kwargs, **options)
+        return configurations[0]
 
     # What no kernel has written must not decide how much is allocated.
     torch.empty = torch.zeros
     for name in KERNEL_FILES:
-        importlib.import_module(f"saerec_fast.kernels.triton.{name}").launch = record
+        module = importlib.import_module(f"saerec_fast.kernels.triton.{name}")
+        module.launch = record
+        if hasattr(module, "launch_tuned"):
+            module.launch_tuned = record_all
     for shape in shapes:
         operate(*shape)
     return jobs
+
+
+def sums(code: str) -> list[str]:
+    """The products and float32 sums in Triton's code for the GPU: shape, and which thread holds and adds what."""
+    layouts = dict(re.findall(r"^(#\w+) = (#.*)$", code, re.MULTILINE))
+    products = re.findall(r"(tt\.dot|warp_group_dot) .*-> tensor<(\w+), (#\w+)>", code)
+    reductions = re.findall(r'(tt\.reduce)".*?\}\) : \(tensor<([0-9x]+f32), (#\w+)>\)', code, re.DOTALL)
+    return sorted({f"{name} {shape} {layouts[layout]}" for name, shape, layout in products + reductions})
 
 
 def compiled(job: dict[str, Any], capability: int) -> dict[str, Any]:
@@ -124,6 +147,8 @@ def compiled(job: dict[str, Any], capability: int) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         "shared_bytes": result.metadata.shared,
+        "case": job["case"],
+        "sums": sums(result.asm["ttgir"]),
         "instructions": [name for name in ("wgmma", "mma.sync", "tf32", ".ftz") if name in ptx],
     }
 
@@ -132,9 +157,12 @@ SHAPES = [
     (torch.bfloat16, 64, 2048, 32, 64),
     (torch.float32, 64, 2048, 32, 64),
 ]
-# The dictionaries of docs/gpu.md and the widest selection, in the kernels that this changes.
+# The widest states that are held, the dictionaries of docs/gpu.md and the widest selection, in the kernels that this
+# changes.
 TOP_K_SHAPES = [
     (torch.float16, 64, 2048, 32, 64),
+    (torch.bfloat16, 128, 4096, 32, 1024),
+    (torch.float32, 16, 2048, 32, 64),
     (torch.bfloat16, 256, 8192, 64, 4096),
     (torch.float32, 512, 32768, 64, 1024),
     (torch.bfloat16, 64, 4096, 512, 64),

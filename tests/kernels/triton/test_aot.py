@@ -1,5 +1,5 @@
-"""Every kernel in use compiles ahead of time for sm_80 and sm_90: no spills, shared memory that fits, tensor cores
-where they are claimed, and never tf32.
+"""Every kernel in use compiles ahead of time for sm_80 and sm_90, in every configuration it can be tuned to: no spills,
+shared memory that fits, tensor cores where they are claimed, never tf32, and sums of one order.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ OTHERS = {
     "apply_kernel",
     "rebuild_kernel",
 }
+TUNED = {"group_maxima_kernel", "emit_kernel", "decode_kernel", "gradient_kernel"}
+# Whatever its scores round to, the candidates are all that reach the bound.
+CHOOSES_TILES = {"group_maxima_kernel"}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -50,3 +54,12 @@ def test_kernels_compile(capability: int) -> None:
         if kernel["kernel"] in SCORING:
             tensor_cores = kernel["states"] in ("*bf16", "*fp16")
             assert (TENSOR_CORES[capability] in kernel["instructions"]) == tensor_cores, kernel
+    configurations = defaultdict(list)
+    for kernel in kernels:
+        if kernel["case"]:
+            configurations[kernel["case"]].append(kernel)
+    assert {case[0]["kernel"] for case in configurations.values() if len(case) > 1} == TUNED
+    for case in configurations.values():
+        assert case[0]["sums"], case
+        if case[0]["kernel"] not in CHOOSES_TILES:
+            assert all(kernel["sums"] == case[0]["sums"] for kernel in case), case
