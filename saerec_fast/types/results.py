@@ -28,8 +28,8 @@ class SparseFeatures(NamedTuple):
     Row ``r`` (over the flattened batch) holds entries ``offsets[r]:offsets[r + 1]``. Within a row each
     feature stands at most once. Top-k encoders give exactly k entries a row in descending order of value, where
     a value of 0 means "selected, but not positive"; threshold encoders give the active features in ascending
-    order of index. ``indices`` and ``values`` may be longer than ``offsets[-1]``: places behind the last entry, of index
-    -1 and value 0, belong to no row.
+    order of index. ``indices`` and ``values`` may be longer than ``offsets[-1]``: places behind the last entry, of
+    index -1 and value 0, belong to no row.
 
     Attributes:
         offsets: int64 ``(n_rows + 1,)``.
