@@ -182,7 +182,7 @@ def encode_threshold(
     """Features whose pre-activation exceeds ``threshold`` (a number or ``(n,)``): 0 is a ReLU, others a JumpReLU.
 
     Args:
-        capacity: ``None`` returns all entries. Their number depends on the data: the host waits for the device, and under
+        capacity: ``None`` returns all entries. Their number depends on the data: the host waits for it, and under
             ``torch.compile(fullgraph=True)`` set ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``. A
             number ≥ 0 fixes the shape of ``indices`` and ``values`` to ``(capacity,)``, and nothing waits: the same
             entries in the same order as far as they fit, then indices of -1 and values of 0. ``offsets`` end at what
