@@ -175,23 +175,34 @@ def encode_threshold(
     b_dec: Tensor | None,
     threshold: float | Tensor = 0.0,
     *,
+    capacity: int | None = None,
     packed: PackedWeights | None = None,
     backend: Backend = "auto",
 ) -> SparseFeatures:
     """Features whose pre-activation exceeds ``threshold`` (a number or ``(n,)``): 0 is a ReLU, others a JumpReLU.
 
-    The number of entries depends on the data: under ``torch.compile(fullgraph=True)`` set
-    ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``. ``packed``: ``pack_weights(W_enc, b_enc)``, made
-    once.
+    Args:
+        capacity: ``None`` returns all entries. Their number depends on the data: the host waits for it, and under
+            ``torch.compile(fullgraph=True)`` set ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``. A
+            number ≥ 0 fixes the shape of ``indices`` and ``values`` to ``(capacity,)``, and nothing waits: the same
+            entries in the same order as far as they fit, then indices of -1 and values of 0. ``offsets`` end at what
+            was stored; ``n_active`` (int64 scalar tensor, on the device) counts all: where it exceeds ``capacity``, the
+            last entries are missing, get no gradient, and a second call with a larger capacity finds them.
+        packed: ``pack_weights(W_enc, b_enc)``, made once.
     """
     validation.check_encoder(x, W_enc, b_enc, b_dec)
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     bound = validation.check_threshold(threshold, W_enc.shape[0], x)
+    validation.check_capacity(capacity)
     chosen = resolve(backend, x)
     if chosen == "reference":
-        return reference.encode_threshold(x, W_enc, b_enc, b_dec, bound)
-    offsets, indices, values = _run(chosen, "encode_threshold", _flat(x), W_enc, b_enc, b_dec, bound, packed_bytes)
-    return SparseFeatures(offsets, indices, values, W_enc.shape[0], tuple(x.shape[:-1]))
+        return reference.encode_threshold(x, W_enc, b_enc, b_dec, bound, capacity)
+    arguments = (_flat(x), W_enc, b_enc, b_dec, bound, packed_bytes, capacity)
+    offsets, indices, values = _run(chosen, "encode_threshold", *arguments)
+    n_active = None
+    if capacity is not None:
+        n_active, offsets = offsets[-1], offsets.clamp(max=capacity)
+    return SparseFeatures(offsets, indices, values, W_enc.shape[0], tuple(x.shape[:-1]), n_active)
 
 
 def encode_features(

@@ -33,7 +33,7 @@ _SCHEMAS = {
     "encode_topk": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? packed=None)"
     " -> (Tensor, Tensor)",
     "encode_threshold": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold,"
-    " Tensor? packed=None) -> (Tensor, Tensor, Tensor)",
+    " Tensor? packed=None, SymInt? capacity=None) -> (Tensor, Tensor, Tensor)",
     "encode_features": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold, Tensor features)"
     " -> Tensor",
     "reconstruct": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor W_dec, Tensor? threshold, int k,"
@@ -67,9 +67,9 @@ def _fake_encode_topk(
 
 
 def _fake_encode_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, packed: Any = None
+    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, packed: Any = None, capacity: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    entries = torch.library.get_ctx().new_dynamic_size()
+    entries = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     offsets = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
     return offsets, x.new_empty(entries, dtype=torch.int32), x.new_empty(entries)
 
@@ -213,10 +213,12 @@ class _EncodeThreshold(torch.autograd.Function):
         b_dec: Any,
         threshold: Tensor,
         packed: Any = None,
+        capacity: Any = None,
     ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            offsets, indices, values = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
+            offsets, indices, values = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed, capacity)
         ctx.operators, ctx.needs_encoder_grad = operators, ctx.needs_input_grad[1:5]
+        ctx.capacity = capacity
         ctx.save_for_backward(x, W_enc, b_dec, offsets, indices)
         ctx.mark_non_differentiable(offsets, indices)
         return offsets, indices, values
@@ -225,9 +227,13 @@ class _EncodeThreshold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _offsets: Any, _indices: Any, grad_values: Tensor) -> Any:
         x, W_enc, b_dec, offsets, indices = ctx.saved_tensors
+        if ctx.capacity is not None:
+            # The offsets count entries that were not stored, too.
+            offsets = offsets.clamp(max=ctx.capacity)
         return (
             None,
             *_encoder_gradients(ctx, ctx.operators, offsets, indices, grad_values.contiguous(), x, W_enc, b_dec),
+            None,
             None,
             None,
         )

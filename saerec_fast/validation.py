@@ -60,6 +60,15 @@ def check_k(k: int, n: int) -> None:
         raise ValueError(f"k: expected 1 <= k <= {n} (the number of features), got {k}")
 
 
+def check_capacity(capacity: int | None) -> None:
+    if capacity is None:
+        return
+    if isinstance(capacity, bool) or not isinstance(capacity, (int, torch.SymInt)):
+        raise TypeError(f"capacity: expected an integer or None, got {type(capacity).__name__}")
+    if capacity < 0:
+        raise ValueError(f"capacity: expected at least 0, got {capacity}")
+
+
 def check_features(features: Tensor, n: int) -> None:
     """``features`` are integer ids ``(m,)`` of a dictionary of ``n``."""
     if not isinstance(features, Tensor):
@@ -97,7 +106,8 @@ def check_threshold(threshold: float | Tensor, n: int, x: Tensor) -> Tensor:
     if not isinstance(threshold, Tensor):
         if not isinstance(threshold, Real):
             raise TypeError(f"threshold: expected a number or a tensor ({n},), got {type(threshold).__name__}")
-        return torch.tensor([float(threshold)], dtype=torch.float32, device=x.device)
+        # Filled on the device: a copy from the host cannot be captured in a CUDA graph.
+        return torch.full((1,), float(threshold), dtype=torch.float32, device=x.device)
     if threshold.dim() == 0:
         threshold = threshold.reshape(1)
     elif threshold.shape != (n,):

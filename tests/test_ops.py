@@ -45,6 +45,7 @@ def operator_calls() -> dict[str, tuple]:
         "linear_topk exclude": (x, W_enc, None, 7, *exclude),
         "encode_topk": (x, W_enc, b_enc, b_dec, 7),
         "encode_threshold": (x, W_enc, b_enc, b_dec, threshold),
+        "encode_threshold capacity": (x, W_enc, b_enc, b_dec, threshold, None, 50),
         "encode_features": (x, W_enc, b_enc, b_dec, threshold, torch.tensor([9, 0, 9])),
         "reconstruct topk": (x, W_enc, b_enc, b_dec, W_dec, None, 7),
         "reconstruct relu": (x, W_enc, b_enc, b_dec, W_dec, threshold, 0),
@@ -86,7 +87,7 @@ def test_opcheck(name: str, requires_grad: bool) -> None:
             arg.requires_grad_() if i in chosen and isinstance(arg, Tensor) else arg for i, arg in enumerate(args)
         )
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if requires_grad and name == "encode_threshold":
+    if requires_grad and name.startswith("encode_threshold"):
         # opcheck adds the sums of all outputs in place to that of the first, here integers.
         # test_encode_threshold_compiles does in its stead.
         checks.pop()

@@ -114,8 +114,12 @@ def encode_threshold(
     b_dec: Tensor | None,
     threshold: Tensor,
     packed: Tensor | None = None,
+    capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets int64 ``(R + 1,)``, indices int32 ``(entries,)``, values ``(entries,)`` in the dtype of x."""
+    """Offsets int64 ``(R + 1,)``, indices int32 ``(entries,)``, values ``(entries,)`` in the dtype of x.
+
+    With a ``capacity``, indices and values ``(capacity,)``: the first entries, then -1 and 0; offsets as without.
+    """
     W_enc = _unit_columns(W_enc)
     dtype = _DTYPE[x.dtype]
     threshold = _float_vector(threshold)
@@ -130,10 +134,14 @@ def encode_threshold(
         torch.get_num_threads(),
     )
     offsets = torch.empty(x.shape[0] + 1, dtype=torch.int64)
-    indices = torch.empty(rows.n_entries, dtype=torch.int32)
-    values = torch.empty(rows.n_entries, dtype=x.dtype)
+    places = max(rows.n_entries, capacity or 0)
+    indices = torch.empty(places, dtype=torch.int32)
+    values = torch.empty(places, dtype=x.dtype)
     rows.copy_to(offsets.data_ptr(), indices.data_ptr(), values.data_ptr(), dtype)
-    return offsets, indices, values
+    if capacity is None:
+        return offsets, indices, values
+    indices[rows.n_entries :], values[rows.n_entries :] = -1, 0
+    return offsets, indices[:capacity], values[:capacity]
 
 
 def encode_features(
@@ -182,7 +190,8 @@ def sparse_dot(offsets: Tensor, indices: Tensor, rows: Tensor, weight: Tensor) -
     """``out[e] = <rows[row(e)], weight[indices[e]]>``, ``(entries,)``; 0 where the index is negative."""
     offsets, indices = offsets.contiguous(), indices.contiguous()
     rows, weight = _unit_columns(rows), _unit_columns(weight)
-    out = torch.empty(indices.shape[0], dtype=weight.dtype)
+    # Places behind the last row's end are not visited.
+    out = torch.zeros(indices.shape[0], dtype=weight.dtype)
     _C.sparse_dot(
         _DTYPE[weight.dtype],
         offsets.data_ptr(),

@@ -84,14 +84,29 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | 
 
 
 def encode_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: float | Tensor = 0.0
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    threshold: float | Tensor = 0.0,
+    capacity: int | None = None,
 ) -> SparseFeatures:
-    """Features whose pre-activation exceeds ``threshold`` (a number or ``(n,)``); NaN counts as active."""
+    """Features whose pre-activation exceeds ``threshold`` (a number or ``(n,)``); NaN counts as active. With a
+    ``capacity`` the first ones in row order, in as many places, and their number without it in ``n_active``."""
     flat = pre_activations(x, W_enc, b_enc, b_dec).reshape(-1, W_enc.shape[0])
     active = _is_active(flat, threshold)
     offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(-1).cumsum(0)])
+    n, batch_shape = W_enc.shape[0], tuple(x.shape[:-1])
+    if capacity is not None:
+        # Nothing here depends on the number of entries; what is off or too much goes to one place more.
+        on = active.reshape(-1)
+        places = torch.where(on, on.cumsum(0) - 1, capacity).clamp(max=capacity)
+        columns = torch.arange(n, dtype=torch.int32, device=x.device).repeat(flat.shape[0])
+        indices = columns.new_full((capacity + 1,), -1).scatter(0, places, columns)[:capacity]
+        values = flat.new_zeros(capacity + 1).scatter(0, places, flat.reshape(-1))[:capacity]
+        return SparseFeatures(offsets.clamp(max=capacity), indices, values, n, batch_shape, offsets[-1])
     rows, columns = active.nonzero(as_tuple=True)
-    return SparseFeatures(offsets, columns.int(), flat[rows, columns], W_enc.shape[0], tuple(x.shape[:-1]))
+    return SparseFeatures(offsets, columns.int(), flat[rows, columns], n, batch_shape)
 
 
 def encode_features(

@@ -3,10 +3,10 @@
 1. ``mark_kernel``: scores tile by tile; one bit per feature that is active, ``(R, n / 32)`` words, and how many there
    are per row and part of the dictionary.
 2. An exclusive scan of these counts (``torch.cumsum``): where each part's entries start.
-3. The host reads the total, once, to allocate exactly: the only wait, and why this op cannot be captured in a CUDA
-   graph (``reconstruct`` and ``steer`` of top-k SAEs can).
+3. The host reads the total, once, to allocate exactly: the only wait. With a capacity it does not, nothing waits, and
+   the call can be captured in a CUDA graph.
 4. ``fill_kernel``: the same tiles again; the bits, not the recomputed scores, say what is stored, and a running count
-   per row says where. So the entries always fit what was counted.
+   per row says where. So the entries always fit what was counted; those beyond the capacity are not stored.
 
 Accumulator: float32. Order: ascending feature, which has no ties. NaN is active.
 
@@ -114,6 +114,7 @@ def fill_kernel(
     n_rows,
     n,
     tiles_per_part,
+    capacity,
     SHIFTED: tl.constexpr,
     BIASED: tl.constexpr,
     D: tl.constexpr,
@@ -155,8 +156,9 @@ def fill_kernel(
         inside = is_row[:, None] & is_feature[None, :]
         active = (tl.load(words, mask=inside, other=0) >> (features & 31)[None, :]) & 1
         places = written[:, None] + (tl.cumsum(active, axis=1) - 1)
-        tl.store(indices_ptr + places, tl.broadcast_to(features[None, :], [BLOCK_M, BLOCK_N]), mask=active > 0)
-        tl.store(values_ptr + places, to_dtype_of(scores, values_ptr), mask=active > 0)
+        stored = (active > 0) & (places < capacity)
+        tl.store(indices_ptr + places, tl.broadcast_to(features[None, :], [BLOCK_M, BLOCK_N]), mask=stored)
+        tl.store(values_ptr + places, to_dtype_of(scores, values_ptr), mask=stored)
         written += tl.sum(active, axis=1)
 
 
@@ -167,10 +169,14 @@ def encode_threshold(
     b_dec: Tensor | None,
     threshold: Tensor,
     packed: Tensor | None = None,
+    capacity: int | None = None,
     *,
     value_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets int64 ``(R + 1,)``, indices int32 ``(entries,)``, values ``(entries,)`` in the dtype of x unless told."""
+    """Offsets int64 ``(R + 1,)``, indices int32 ``(entries,)``, values ``(entries,)`` in the dtype of x unless told.
+
+    With a ``capacity``, indices and values ``(capacity,)``: the first entries, then -1 and 0; offsets as without.
+    """
     n_rows, n, device = x.shape[0], W_enc.shape[0], x.device
     encoder = prepare(W_enc, b_enc, b_dec)
     states: tuple[Any, ...] = encoder.states(x)
@@ -198,9 +204,14 @@ def encode_threshold(
     ends = counts.view(-1).cumsum(0, dtype=torch.int64)
     starts = torch.zeros((n_rows * parts + 1,), dtype=torch.int64, device=device)
     starts[1:] = ends
-    entries = int(starts[-1])
-    indices = torch.empty((entries,), dtype=torch.int32, device=device)
-    values = torch.empty((entries,), dtype=value_dtype or x.dtype, device=device)
+    if capacity is None:
+        places = int(starts[-1])
+        indices = torch.empty((places,), dtype=torch.int32, device=device)
+        values = torch.empty((places,), dtype=value_dtype or x.dtype, device=device)
+    else:
+        places = capacity
+        indices = torch.full((places,), -1, dtype=torch.int32, device=device)
+        values = torch.zeros((places,), dtype=value_dtype or x.dtype, device=device)
     launch(
         fill_kernel,
         grid,
@@ -212,6 +223,7 @@ def encode_threshold(
         n_rows,
         n,
         per_part,
+        places,
         **encoder.constants,
         **schedule(x.dtype),
     )

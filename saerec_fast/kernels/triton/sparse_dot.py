@@ -57,7 +57,8 @@ def sparse_dot(
     """``(entries,)`` in the dtype of weight unless told."""
     offsets, indices = offsets.contiguous(), indices.contiguous()
     rows, weight = unit_columns(rows), unit_columns(weight)
-    out = torch.empty((indices.shape[0],), dtype=dtype or weight.dtype, device=weight.device)
+    # Places behind the last row's end are not visited.
+    out = torch.zeros((indices.shape[0],), dtype=dtype or weight.dtype, device=weight.device)
     launch(
         dot_kernel,
         (offsets.shape[0] - 1,),

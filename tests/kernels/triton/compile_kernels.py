@@ -65,6 +65,7 @@ def operate(dtype: torch.dtype, d: int, n: int, k: int, rows: int) -> None:
     ops["encode_topk"](x, W_enc, b_enc, b_dec, k)
     ops["encode_threshold"](x, W_enc, b_enc, b_dec, threshold)
     ops["encode_threshold"](x, W_enc, b_enc, b_dec, threshold.expand(n))
+    ops["encode_threshold"](x, W_enc, b_enc, b_dec, threshold, capacity=entries)
     ops["encode_features"](x, W_enc, b_enc, b_dec, threshold, torch.zeros(3, dtype=torch.int64))
     ops["decode_sparse"](offsets, indices, values, W_dec, b_dec)
     ops["reconstruct"](x, W_enc, b_enc, b_dec, W_dec, None, k)
