@@ -174,6 +174,21 @@ def test_top_k_of_hard_data(problem) -> None:
     assert_smallest_index_first(result.indices, t)
 
 
+@pytest.mark.parametrize("n", [2000, 4000])
+@pytest.mark.parametrize("spread", [0.02, 0.2, 1.0])
+def test_many_candidates_in_one_range_or_two(n: int, spread: float) -> None:
+    """Scores so close that the screen leaves few to hundreds of candidates, in a dictionary of one range or of two."""
+    torch.manual_seed(0)
+    d, k = 64, 32
+    weight = torch.randn(d) + spread * torch.randn(n, d)
+    x = torch.randn(ROWS, d) * torch.logspace(-3, 3, ROWS).unsqueeze(-1)
+    bias = torch.zeros(n)
+    result = fast.linear_topk(x, weight, bias, k=k, packed=fast.pack_weights(weight, bias), backend="cpu")
+    values, indices = one_by_one(lambda row: fast.linear_topk(row, weight, bias, k=k, backend="cpu"), x)
+    assert_same_bits(result.values, values)
+    assert_same_bits(result.indices, indices)
+
+
 @given(hard_problems(), st.sampled_from(["zero", "median", "largest", "per_feature", "negative"]))
 @settings(max_examples=60, derandomize=True)
 def test_thresholds_on_hard_data(problem, kind: str) -> None:
