@@ -122,7 +122,7 @@ class SteeringHandle:
         self._hooks.append(module.register_forward_hook(self._steer_output))
         if valid is not None and not self._lasting:
             # After the hook above, which may be on the same module; called also where the forward pass raises.
-            self._hooks.append(source.register_forward_hook(self._leave_call, always_call=True))
+            self._hooks.append(source.register_forward_hook(self._forget_mask, always_call=True))
 
     @property
     def site(self) -> str:
@@ -264,16 +264,18 @@ class SteeringHandle:
         if owns and not strengths.requires_grad and strengths.shape == current.shape:
             if plain is not None:
                 plain.pause(True)
-            with torch.no_grad():
-                current.copy_(strengths)
-            if plain is not None:
-                plain.pause(False)
+            try:
+                with torch.no_grad():
+                    current.copy_(strengths)
+            finally:
+                if plain is not None:
+                    plain.pause(False)
         else:
             (current, owns), plain = _adopted(strengths), None
         self._state = _State(plan, state.traced_plan, state.everywhere, current, owns, plain)
 
     def _bind_call(self, state: _State) -> None:
-        """Make the one call for what is in force. Not while it changes; and what others have replaced is let be."""
+        """Make the one call for what is in force; not while values change, and not for what has been replaced."""
         with _values:
             if state is self._state and self._attached:
                 state.plain = self._sae.bind_steer(state.traced_plan, state.strengths)
@@ -285,11 +287,8 @@ class SteeringHandle:
                 self._forget_mask()
             _running.masks = (*_masks(), (self._key, self._valid(*args, **kwargs)))
 
-    def _leave_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._forget_mask()
-
-    def _forget_mask(self) -> None:
-        """Drop the innermost mask of this handle in this thread."""
+    def _forget_mask(self, *call: Any) -> None:
+        """Drop the innermost mask of this handle in this thread; also the hook after the module that ``valid`` sees."""
         masks = _masks()
         for index in range(len(masks) - 1, -1, -1):
             if masks[index][0] == self._key:
