@@ -3,9 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <exception>
 #include <memory>
-#include <new>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -357,15 +355,9 @@ class BoundSteer {
     params.sequence_plans = sequence_plans;
     params.valid = pointer<const bool>(valid);
     params.threads = threads;
-    if (n_plans == 1 && params.k == 0 && !plans->reconstruct && rows * d * (plans->n_edits + 1) <= kBriefOperations) {
-      return saerec::steer(params);
-    }
     const py::gil_scoped_release release;
     return saerec::steer(params);
   }
-
-  // Some 10 microseconds: whoever waits for the interpreter that long is better off than with the two changes of hands.
-  static constexpr int64_t kBriefOperations = 1 << 16;
 
   saerec::SteerParams params_;
 };
@@ -390,9 +382,7 @@ class PlainSteer {
         width_(width),
         empty_like_(torch[0]),
         is_grad_enabled_(torch[1]),
-        get_num_threads_(torch[2]),
-        steer_(bound_.cast<const BoundSteer*>()),
-        steer_program_(program_.cast<const SteerProgram*>()) {
+        get_num_threads_(torch[2]) {
     if (!strengths_.is_none()) {
       strengths_dtype_ = read(strengths_, dtype_);
       n_strengths_ = number(called(strengths_, numel_));
@@ -420,7 +410,7 @@ class PlainSteer {
       const py::tuple shape = read(x, shape_);
       const std::size_t dimensions = shape.size();
       if (dimensions < 2 || dimensions > 3 || number(shape[dimensions - 1]) != width_) return py::none();
-      const SteerProgram& program = *steer_program_;
+      const auto& program = program_.cast<const SteerProgram&>();
       const int64_t sequences = number(shape[0]), length = dimensions == 3 ? number(shape[1]) : 1;
       if (dimensions == 2 && program.plan().positions == saerec::Positions::kLast) return py::none();
       uintptr_t valid = 0;
@@ -441,8 +431,8 @@ class PlainSteer {
         if (paused_) return py::none();
         values.assign(strengths, strengths + n_strengths_);
       }
-      steer_->run(from, sequences * length, width_, 1, length, to, program, reinterpret_cast<uintptr_t>(values.data()),
-                  0, valid, threads);
+      bound_.cast<const BoundSteer&>().run(from, sequences * length, width_, 1, length, to, program,
+                                           reinterpret_cast<uintptr_t>(values.data()), 0, valid, threads);
       return out;
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_RuntimeError)) throw;
@@ -532,8 +522,6 @@ class PlainSteer {
   int64_t width_, n_strengths_ = 0;
   bool paused_ = false, cleared_ = false;
   py::object empty_like_, is_grad_enabled_, get_num_threads_;
-  const BoundSteer* steer_;  // in bound_
-  const SteerProgram* steer_program_;
   std::vector<Seen> seen_;
   py::str data_ptr_ = interned("data_ptr"), version_ = interned("_version"), shape_ = interned("shape"),
           dtype_ = interned("dtype"), is_cpu_ = interned("is_cpu"), is_contiguous_ = interned("is_contiguous"),
@@ -543,31 +531,6 @@ class PlainSteer {
     return py::reinterpret_steal<py::str>(check(PyUnicode_InternFromString(name)));
   }
 };
-
-// PlainSteer.run(x, mask) by itself: pybind11's way of calling is a good part of what such a call takes.
-PyObject* run_plain_steer(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  const auto* plain =
-      static_cast<const PlainSteer*>(reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr());
-  if (plain == nullptr || count != 2) {
-    PyErr_SetString(PyExc_TypeError, "run: expected x and mask");
-    return nullptr;
-  }
-  try {
-    return plain->run(py::reinterpret_borrow<py::object>(args[0]), py::reinterpret_borrow<py::object>(args[1]))
-        .release()
-        .ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  }
-  return nullptr;
-}
-
-PyMethodDef plain_steer_run = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_plain_steer)),
-                               METH_FASTCALL, nullptr};
 
 // Makes the cycle collector see what a PlainSteer holds.
 void collect_cycles(PyHeapTypeObject* heap_type) {
@@ -620,14 +583,12 @@ PYBIND11_MODULE(_C, module) {
                     const py::object&, const py::object&>())
       .def("run", &BoundSteer::run)
       .def("run_each", &BoundSteer::run_each);
-  py::class_<PlainSteer> plain_steer(module, "PlainSteer", py::custom_type_setup(&collect_cycles));
-  plain_steer
+  py::class_<PlainSteer>(module, "PlainSteer", py::custom_type_setup(&collect_cycles))
       .def(py::init<py::object, py::object, py::object, const py::list&, py::object, py::object, py::object, int64_t,
                     const py::tuple&>())
+      .def("run", &PlainSteer::run)
       .def("pause", &PlainSteer::pause)
       .def("is_current", &PlainSteer::is_current);
-  plain_steer.attr("run") = py::reinterpret_steal<py::object>(
-      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(plain_steer.ptr()), &plain_steer_run));
   module.def("sparse_training_step", &sparse_training_step);
   module.def("largest_entries", &largest_entries);
   module.def("adam_step", &adam_step);

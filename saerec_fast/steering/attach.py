@@ -160,14 +160,15 @@ class SteeringHandle:
             ValueError, TypeError: as :func:`attach`, or neither was given; the handle then stays as it was.
         """
         self._check_attached()
-        if plan is None and strengths is None:
-            raise ValueError("update: expected a plan, strengths or both, got neither")
+        if plan is not None:
+            check_plan(plan, self._sae.n_features, self._sae.d_model)
         with _values:
             state = self._state
             if plan is None:
+                if strengths is None:
+                    raise ValueError("update: expected a plan, strengths or both, got neither")
                 self._write(state, state.plan, _check_strengths(strengths, self._sae, len(state.plan.edits)))
                 return
-            check_plan(plan, self._sae.n_features, self._sae.d_model)
             # A pass under way may have looked at a mask already: that is left as it is, together with its strengths.
             if isinstance(plan.positions, Tensor) or _structure(plan) != _structure(state.traced_plan):
                 self._bind(plan, strengths)
@@ -370,16 +371,16 @@ class SteeringHandle:
 
     def _steer_any(self, x: Tensor, state: _State) -> Tensor:
         sae = self._sae
-        plan, strengths = state.traced_plan, state.strengths
+        plan, of_handle = state.traced_plan, state.strengths
         if state.owns_strengths and not is_compiling():
             with _values:
-                strengths = strengths.clone()
+                of_handle = of_handle.clone()
         if x.dim() < 2 or x.shape[-1] != sae.d_model:
             raise ValueError(
                 f"site: {self._site!r} returned shape {tuple(x.shape)}, expected (..., {sae.d_model}) for this SAE"
             )
         requested, strengths = next(
-            ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, strengths)
+            ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, of_handle)
         )
         if requested is None or isinstance(requested, SteeringPlan):
             plan = plan if requested is None else requested

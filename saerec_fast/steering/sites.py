@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 
 class NoPadding:
@@ -118,19 +117,9 @@ def _of_transformers(
         # With a cache it covers the positions before these too.
         length = (given["inputs_embeds"] if input_ids is None else input_ids).shape[1]
         return mask[:, mask.shape[1] - length :] != 0
-    if input_ids is not None and (padding := _padding_token(model.config)) is not None:
+    if input_ids is not None and (padding := model.config.pad_token_id) is not None:
         return input_ids != padding
     return NoPadding
-
-
-def _padding_token(config: Any) -> int | None:
-    # Configurations look their attributes up in Python, which takes longer than all the rest.
-    token: int | None
-    if is_compiling() or "pad_token_id" not in vars(config):
-        token = config.pad_token_id
-    else:
-        token = vars(config)["pad_token_id"]
-    return token
 
 
 _PMIXER: dict[str, Any] = {
