@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from saerec_fast import ops, reference, validation
-from saerec_fast.backend import Backend, available_backends, resolve
+from saerec_fast.backend import Backend, available_backends, is_transformed, resolve
 from saerec_fast.types import (
     Activation,
     PackedWeights,
@@ -291,6 +291,8 @@ def steer(
         valid: bool with the leading shape of x, False on padding, which is left untouched.
         packed: ``pack_weights(W_enc, b_enc)``, made once; of use where the whole dictionary is encoded.
 
+    Under forward-mode derivatives and transforms of ``torch.func`` the backend ``auto`` is the reference.
+
     Returns:
         ``(..., d)``, always a fresh tensor. Rows outside the plan's positions, and in delta mode rows whose edits
         change nothing, are the same bits as in x.
@@ -300,7 +302,8 @@ def steer(
     batch_shape = x.shape[:-1]
     validation.check_strengths(strengths, plan, batch_shape, x)
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
-    chosen = resolve(backend, x)
+    # The kernels know neither tangents nor batching rules.
+    chosen = "reference" if backend == "auto" and is_transformed() else resolve(backend, x)
     if chosen == "reference":
         return reference.steer(x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid)
     mask = reference.steered_positions(plan, batch_shape, valid, x.device)

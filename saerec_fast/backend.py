@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -73,6 +74,16 @@ def _triton_problem(interpreted: bool) -> str:
     except Exception as error:  # a broken installation fails in many ways
         return f"triton cannot be imported ({error})"
     return ""
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode derivatives or ``torch.func`` transforms are under way, also without gradients.
+
+    A tensor may then stand for more than its memory holds. What a compiler traces is not looked at.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def choose(device_type: str) -> str:

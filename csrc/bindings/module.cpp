@@ -422,9 +422,17 @@ class PlainSteer {
         valid = address_of(mask);
       }
       py::object out = empty_like_(x);
-      bound_.cast<const BoundSteer&>().run(address_of(x), sequences * length, width_, 1, length, address_of(out),
-                                           program, strengths_.is_none() ? 0 : address_of(strengths_), 0, valid,
-                                           static_cast<int>(number(get_num_threads_())));
+      const uintptr_t from = address_of(x), to = address_of(out);
+      const int threads = static_cast<int>(number(get_num_threads_()));
+      std::vector<float> values;
+      if (!strengths_.is_none()) {
+        const auto* strengths = pointer<const float>(address_of(strengths_));
+        // Whoever writes to them pauses this first, and cannot do so before the interpreter is released below.
+        if (paused_) return py::none();
+        values.assign(strengths, strengths + n_strengths_);
+      }
+      bound_.cast<const BoundSteer&>().run(from, sequences * length, width_, 1, length, to, program,
+                                           reinterpret_cast<uintptr_t>(values.data()), 0, valid, threads);
       return out;
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_RuntimeError)) throw;
@@ -432,8 +440,29 @@ class PlainSteer {
     }
   }
 
+  // What it refers to may refer to it in turn: an autoencoder that holds the handle on its own states, say.
+  int visit(visitproc visit, void* arg) const {
+    for (const py::object* held : {&bound_, &program_, &strengths_}) Py_VISIT(held->ptr());
+    for (const Seen& one : seen_) {
+      Py_VISIT(one.holder.ptr());
+      Py_VISIT(one.value.ptr());
+    }
+    return 0;
+  }
+
+  // Called where nothing but a cycle is left.
+  void clear() {
+    cleared_ = true;
+    std::vector<Seen>().swap(seen_);
+    strengths_ = py::none();
+  }
+
+  // While strengths are written to, run returns None.
+  void pause(bool paused) { paused_ = paused; }
+
   // Whether nothing was replaced or written to.
   bool is_current() const {
+    if (cleared_) return false;
     for (const Seen& one : seen_) {
       if (PyDict_GetItemWithError(one.holder.ptr(), one.name.ptr()) != one.value.ptr()) return false;
       if (!one.is_tensor) continue;
@@ -491,6 +520,7 @@ class PlainSteer {
   py::object bound_, program_, strengths_, tensor_type_, x_dtype_, mask_dtype_;
   py::object strengths_dtype_;
   int64_t width_, n_strengths_ = 0;
+  bool paused_ = false, cleared_ = false;
   py::object empty_like_, is_grad_enabled_, get_num_threads_;
   std::vector<Seen> seen_;
   py::str data_ptr_ = interned("data_ptr"), version_ = interned("_version"), shape_ = interned("shape"),
@@ -501,6 +531,22 @@ class PlainSteer {
     return py::reinterpret_steal<py::str>(check(PyUnicode_InternFromString(name)));
   }
 };
+
+// Makes the cycle collector see what a PlainSteer holds.
+void collect_cycles(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    // Not yet constructed, it holds nothing.
+    return py::detail::is_holder_constructed(self) ? py::cast<const PlainSteer&>(py::handle(self)).visit(visit, arg)
+                                                   : 0;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<PlainSteer&>(py::handle(self)).clear();
+    return 0;
+  };
+}
 
 const char* compiler() {
 #if defined(__clang__)
@@ -537,10 +583,11 @@ PYBIND11_MODULE(_C, module) {
                     const py::object&, const py::object&>())
       .def("run", &BoundSteer::run)
       .def("run_each", &BoundSteer::run_each);
-  py::class_<PlainSteer>(module, "PlainSteer")
+  py::class_<PlainSteer>(module, "PlainSteer", py::custom_type_setup(&collect_cycles))
       .def(py::init<py::object, py::object, py::object, const py::list&, py::object, py::object, py::object, int64_t,
                     const py::tuple&>())
       .def("run", &PlainSteer::run)
+      .def("pause", &PlainSteer::pause)
       .def("is_current", &PlainSteer::is_current);
   module.def("sparse_training_step", &sparse_training_step);
   module.def("largest_entries", &largest_entries);

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from saerec_fast.api import (
     bind_reconstruct,
@@ -25,7 +26,7 @@ from saerec_fast.api import (
     reconstruct,
     steer,
 )
-from saerec_fast.backend import KERNEL_DTYPES, choose
+from saerec_fast.backend import KERNEL_DTYPES, choose, is_transformed
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
 from saerec_fast.reference import report_excess
 from saerec_fast.sae.activation_store import ActivationStore
@@ -376,6 +377,8 @@ class SparseAutoencoder(nn.Module):
         """:meth:`steer` in one kernel call, or ``None`` where it does not do all of what is asked for."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_neg() or self.training:
             return None
+        if is_transformed():
+            return None
         if x.dim() not in (2, 3) or (torch.is_grad_enabled() and (x.requires_grad or self._needs_grad())):
             return None
         if valid is not None and not _is_mask(valid, x):
@@ -440,6 +443,8 @@ class SparseAutoencoder(nn.Module):
             *((attributes, name, attributes[name]) for name in names),
             *((self._parameters, name, self._parameters[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")),
             *((self._buffers, name, self._buffers[name]) for name in ("threshold", "mean", "std")),
+            # Forward-mode derivatives; tensors of other transforms do not tell their address.
+            (forward_ad.__dict__, "_current_level", -1),
         ]
         try:
             plain = bound.steer.plain(plan, strengths, seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import itertools
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,26 +38,61 @@ _Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Te
 _running = threading.local()
 _keys = itertools.count()
 
+# Held while values are written in place and while they are copied: no forward pass gets half of them. A fork waits for
+# it, or the child would find it held by nobody.
+_values = threading.RLock()
+os.register_at_fork(before=_values.acquire, after_in_parent=_values.release, after_in_child=_values.release)
+
 _COMPILED = (
     "model: expected a model that is not compiled yet, since compiled code ignores what is attached later; attach "
     "first, then torch.compile (and change strengths and plan by the handle's update)"
 )
 
 
+class _State:
+    """What a handle does. Replaced as a whole, and read once in a forward pass, whose parts then belong together.
+
+    An ordinary class, of which compiled code looks at what it reads and at nothing else.
+
+    Attributes:
+        plan: as the user gave it.
+        traced_plan: its structure and a copy of its mask. The same object while only values change, so that compiled
+            code has nothing new to look at.
+        everywhere: that at all positions.
+        strengths: what the edits do by how much.
+        owns_strengths: whether they are a copy, which may be written to.
+        plain: all of it as one call, made by the first forward pass that could have used it.
+    """
+
+    def __init__(
+        self,
+        plan: SteeringPlan,
+        traced_plan: SteeringPlan,
+        everywhere: SteeringPlan,
+        strengths: Tensor,
+        owns_strengths: bool,
+        plain: PlainSteer | None = None,
+    ) -> None:
+        self.plan = plan
+        self.traced_plan = traced_plan
+        self.everywhere = everywhere
+        self.strengths = strengths
+        self.owns_strengths = owns_strengths
+        self.plain = plain
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plain": None}
+
+
 class SteeringHandle:
     """A plan that acts in a model, made by :func:`attach`; a context manager that detaches when its block ends.
 
     Handles on the same module act in the order they were attached. Forward passes may run in several threads at once,
-    each with plans of its own (:meth:`request`); call :meth:`update` and :meth:`detach` between them.
+    each with plans of its own (:meth:`request`). While they run, :meth:`update` may be called from another thread: a
+    pass that is not compiled does all of what was in force before, or all of what comes after.
     """
 
-    _plan: SteeringPlan
-    _traced_plan: SteeringPlan
-    _strengths: Tensor
-    _owns_strengths: bool
-    # The handle's own plan as one call, made by the first forward pass that could have used it, and what it was made
-    # of: another thread may have replaced that in the meantime.
-    _plain: tuple[SteeringPlan, Tensor, PlainSteer] | None
+    _state: _State
 
     def __init__(
         self,
@@ -86,7 +122,7 @@ class SteeringHandle:
         self._hooks.append(module.register_forward_hook(self._steer_output))
         if valid is not None and not self._lasting:
             # After the hook above, which may be on the same module; called also where the forward pass raises.
-            self._hooks.append(source.register_forward_hook(self._leave_call, always_call=True))
+            self._hooks.append(source.register_forward_hook(self._forget_mask, always_call=True))
 
     @property
     def site(self) -> str:
@@ -101,12 +137,12 @@ class SteeringHandle:
     @property
     def plan(self) -> SteeringPlan:
         """The plan in force; what its edits do by how much is in :attr:`strengths`."""
-        return self._plan
+        return self._state.plan
 
     @property
     def strengths(self) -> Tensor:
         """The strengths in force, ``(m,)`` or ``(B, m)``: the tensor the forward pass reads."""
-        return self._strengths
+        return self._state.strengths
 
     def update(self, plan: SteeringPlan | None = None, strengths: Strengths | None = None) -> None:
         """Change what is done, from the next forward pass on.
@@ -124,20 +160,20 @@ class SteeringHandle:
             ValueError, TypeError: as :func:`attach`, or neither was given; the handle then stays as it was.
         """
         self._check_attached()
-        if plan is None:
-            if strengths is None:
-                raise ValueError("update: expected a plan, strengths or both, got neither")
-            self._write_strengths(_check_strengths(strengths, self._sae, len(self._plan.edits)))
-            return
-        check_plan(plan, self._sae.n_features, self._sae.d_model)
-        if _structure(plan) != _structure(self._traced_plan):
-            self._bind(plan, strengths)
-            return
-        self._write_strengths(_checked_or_planned(strengths, plan, self._sae))
-        if isinstance(plan.positions, Tensor):
-            assert isinstance(self._traced_plan.positions, Tensor)
-            self._traced_plan.positions.copy_(plan.positions)
-        self._plan = plan
+        if plan is not None:
+            check_plan(plan, self._sae.n_features, self._sae.d_model)
+        with _values:
+            state = self._state
+            if plan is None:
+                if strengths is None:
+                    raise ValueError("update: expected a plan, strengths or both, got neither")
+                self._write(state, state.plan, _check_strengths(strengths, self._sae, len(state.plan.edits)))
+                return
+            # A pass under way may have looked at a mask already: that is left as it is, together with its strengths.
+            if isinstance(plan.positions, Tensor) or _structure(plan) != _structure(state.traced_plan):
+                self._bind(plan, strengths)
+            else:
+                self._write(state, plan, _checked_or_planned(strengths, plan, self._sae))
 
     @contextmanager
     def request(
@@ -177,7 +213,7 @@ class SteeringHandle:
         if strengths is not None:
             if plan is not None and not isinstance(plan, SteeringPlan):
                 raise ValueError("strengths: belong to one plan; plans of their own have their own values")
-            strengths = _check_strengths(strengths, self._sae, len((plan or self._traced_plan).edits))
+            strengths = _check_strengths(strengths, self._sae, len((plan or self._state.plan).edits))
         before = _requests()
         _running.requests = (*before, (self._key, plan, strengths))
         try:
@@ -188,7 +224,7 @@ class SteeringHandle:
     def detach(self) -> None:
         """Take the plan out of the model; doing so again does nothing."""
         self._attached = False
-        self._plain = None
+        self._state.plain = None
         while self._hooks:
             self._hooks.pop().remove()
         if self._lasting:
@@ -204,14 +240,12 @@ class SteeringHandle:
         self.detach()
 
     def __repr__(self) -> str:
-        positions = "mask" if isinstance(self._plan.positions, Tensor) else self._plan.positions
+        plan = self.plan
+        positions = "mask" if isinstance(plan.positions, Tensor) else plan.positions
         return (
-            f"SteeringHandle(site={self._site!r}, edits={len(self._plan.edits)}, mode={self._plan.mode!r}, "
+            f"SteeringHandle(site={self._site!r}, edits={len(plan.edits)}, mode={plan.mode!r}, "
             f"positions={positions!r}, attached={self._attached})"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plain": None}
 
     def _check_attached(self) -> None:
         if not self._attached:
@@ -223,27 +257,29 @@ class SteeringHandle:
         positions = plan.positions
         if isinstance(positions, Tensor):
             positions = _own_copy(positions)
-        self._plan = plan
-        self._plain = None
-        # The hook reads structure and mask from a plan of its own, which stays the same object while only values
-        # change: compiled code then has nothing new to look at.
-        self._traced_plan = plan.at_positions(positions)
-        self._everywhere = plan.at_positions("all")
-        self._adopt(checked)
+        self._state = _State(plan, plan.at_positions(positions), plan.at_positions("all"), *_adopted(checked))
 
-    def _adopt(self, strengths: Tensor) -> None:
-        # Strengths that are being learnt must be the caller's own tensor, or no gradient would reach it.
-        self._plain = None
-        self._owns_strengths = not strengths.requires_grad
-        self._strengths = _own_copy(strengths) if self._owns_strengths else strengths
-
-    def _write_strengths(self, strengths: Tensor) -> None:
-        current = self._strengths
-        if self._owns_strengths and not strengths.requires_grad and strengths.shape == current.shape:
-            with torch.no_grad():
-                current.copy_(strengths)
+    def _write(self, state: _State, plan: SteeringPlan, strengths: Tensor) -> None:
+        """Take other values for the same structure."""
+        current, owns, plain = state.strengths, state.owns_strengths, state.plain
+        if owns and not strengths.requires_grad and strengths.shape == current.shape:
+            if plain is not None:
+                plain.pause(True)
+            try:
+                with torch.no_grad():
+                    current.copy_(strengths)
+            finally:
+                if plain is not None:
+                    plain.pause(False)
         else:
-            self._adopt(strengths)
+            (current, owns), plain = _adopted(strengths), None
+        self._state = _State(plan, state.traced_plan, state.everywhere, current, owns, plain)
+
+    def _bind_call(self, state: _State) -> None:
+        """Make the one call for what is in force; not while values change, and not for what has been replaced."""
+        with _values:
+            if state is self._state and self._attached:
+                state.plain = self._sae.bind_steer(state.traced_plan, state.strengths)
 
     def _enter_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._attached:
@@ -252,11 +288,8 @@ class SteeringHandle:
                 self._forget_mask()
             _running.masks = (*_masks(), (self._key, self._valid(*args, **kwargs)))
 
-    def _leave_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._forget_mask()
-
-    def _forget_mask(self) -> None:
-        """Drop the innermost mask of this handle in this thread."""
+    def _forget_mask(self, *call: Any) -> None:
+        """Drop the innermost mask of this handle in this thread; also the hook after the module that ``valid`` sees."""
         masks = _masks()
         for index in range(len(masks) - 1, -1, -1):
             if masks[index][0] == self._key:
@@ -318,9 +351,9 @@ class SteeringHandle:
     def _steer(self, x: Tensor) -> Tensor:
         # A compiled graph must not depend on whether there is a plain call yet.
         if is_compiling() or _requests():
-            return self._steer_any(x)
-        kept, plan, strengths = self._plain, self._traced_plan, self._strengths
-        plain = kept[2] if kept is not None and kept[0] is plan and kept[1] is strengths else None
+            return self._steer_any(x, self._state)
+        state = self._state
+        plain = state.plain
         if plain is not None:
             mask: Any = None
             if self._valid is not None:
@@ -331,20 +364,23 @@ class SteeringHandle:
             steered = plain.run(x, mask)
             if steered is not None:
                 return steered
-        steered = self._steer_any(x)
+        steered = self._steer_any(x, state)
         if not torch.is_grad_enabled() and (plain is None or not plain.is_current()):
-            plain = self._sae.bind_steer(plan, strengths)
-            self._plain = None if plain is None else (plan, strengths, plain)
+            self._bind_call(state)
         return steered
 
-    def _steer_any(self, x: Tensor) -> Tensor:
-        sae, plan = self._sae, self._traced_plan
+    def _steer_any(self, x: Tensor, state: _State) -> Tensor:
+        sae = self._sae
+        plan, of_handle = state.traced_plan, state.strengths
+        if state.owns_strengths and not is_compiling():
+            with _values:
+                of_handle = of_handle.clone()
         if x.dim() < 2 or x.shape[-1] != sae.d_model:
             raise ValueError(
                 f"site: {self._site!r} returned shape {tuple(x.shape)}, expected (..., {sae.d_model}) for this SAE"
             )
         requested, strengths = next(
-            ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, self._strengths)
+            ((plans, own) for key, plans, own in reversed(_requests()) if key == self._key), (None, of_handle)
         )
         if requested is None or isinstance(requested, SteeringPlan):
             plan = plan if requested is None else requested
@@ -376,7 +412,7 @@ class SteeringHandle:
             valid = None
             if _is_last(plan):
                 valid = _last_rows(offsets, x)
-                plan = self._everywhere if requested is None else plan.at_positions("all")
+                plan = state.everywhere if requested is None else plan.at_positions("all")
         self._check_positions(x, plan)
         return sae.steer(x, plan, strengths=strengths, valid=valid)
 
@@ -621,6 +657,12 @@ def _structure(plan: SteeringPlan) -> tuple[Any, ...]:
         (edit.feature, edit.op) if isinstance(edit, Edit) else tuple(edit.vector.tolist()) for edit in plan.edits
     )
     return entries, plan.mode, positions, plan.max_relative_norm, plan.on_excess
+
+
+def _adopted(strengths: Tensor) -> tuple[Tensor, bool]:
+    """The tensor to read, and whether it is a copy. Strengths that are being learnt must be the caller's own tensor,
+    or no gradient would reach it."""
+    return (strengths, False) if strengths.requires_grad else (_own_copy(strengths), True)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from saerec_fast import reference
 from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.steering import SteeringHandle, attach
 from saerec_fast.types import BatchTopK, Direction, Edit, JumpReLU, ReLU, SteeringPlan, TopK
+
+# The package's function of that name hides the module.
+attach_module = sys.modules["saerec_fast.steering.attach"]
 
 WIDTH = 8
 N_FEATURES = 24
@@ -610,6 +619,169 @@ class TestRequest:
             pass
 
 
+class TestUpdatesMeanwhile:
+    """Another thread's update at any moment of a forward pass: the pass does what was in force, or what comes."""
+
+    OLD = SteeringPlan([Edit(2, "add", 4.0), Edit(5, "set", 1.0)])
+    UPDATES = (
+        SteeringPlan([Edit(2, "add", 1.0), Edit(5, "set", 3.0)]),
+        SteeringPlan([Edit(7, "set", 6.0), Edit(3, "scale", 2.0)]),
+        SteeringPlan([Edit(7, "set", 6.0)], mode="reconstruct"),
+    )
+
+    @staticmethod
+    def during(line: int, forward: Any, update: Any) -> tuple[Any, bool]:
+        """What ``forward`` returns where another thread calls ``update`` before the ``line``-th line that this one
+        runs of the steering code, and whether there were as many. Where that line has to be over first, it waits."""
+        left = line
+        other = threading.Thread(target=update)
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != attach_module.__file__:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    other.start()
+                    other.join(0.02)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            output = forward()
+        finally:
+            sys.settrace(before)
+        if left <= 0:
+            other.join()
+        return output, left <= 0
+
+    @pytest.mark.parametrize(
+        ("old", "new", "is_bound"),
+        [
+            (OLD, UPDATES[0], True),
+            (OLD, UPDATES[1], True),
+            (OLD, UPDATES[1], False),
+            (OLD.at_positions(TOKENS > 2), UPDATES[0].at_positions(TOKENS < 5), False),
+        ],
+        ids=["values", "plan", "plan, nothing bound", "mask"],
+    )
+    @torch.no_grad()
+    def test_at_every_line(
+        self, model: Model, sae: SparseAutoencoder, old: SteeringPlan, new: SteeringPlan, is_bound: bool
+    ) -> None:
+        with attach(model, "blocks.0", sae, old, valid=is_item) as handle:
+
+            def forward(plan: SteeringPlan) -> Tensor:
+                handle.update(plan)
+                for _ in range(2 * is_bound):
+                    model(TOKENS)
+                return model(TOKENS)
+
+            answers = [forward(old), forward(new)]
+            assert not torch.equal(*answers)
+            for line in range(1, 1000):
+                forward(old)
+                if not is_bound:
+                    handle._state.plain = None
+                output, ran = self.during(line, lambda: model(TOKENS), lambda: handle.update(new))
+                assert any(torch.equal(output, answer) for answer in answers), f"line {line}: a mixture"
+                if not ran:
+                    break
+                assert torch.equal(model(TOKENS), answers[1]), f"line {line}: the update is lost"
+        assert line > 5
+
+    @torch.no_grad()
+    def test_no_pass_reads_values_that_are_being_written(
+        self, model: Model, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A write that stops half-way, in the middle of which another thread wants to steer."""
+        plans = [SteeringPlan([Edit(2, "add", one), Edit(5, "add", one)]) for one in (1.0, 3.0)]
+        expected = []
+        for plan in plans:
+            with attach(model, "blocks.0", sae, plan):
+                expected.append(model(TOKENS))
+        copy_whole, other, answers = Tensor.copy_, threading.Thread(), []
+
+        def run() -> None:
+            with torch.no_grad():
+                answers.append(model(TOKENS))
+
+        def copy_by_halves(into: Tensor, values: Tensor) -> Tensor:
+            nonlocal other
+            monkeypatch.setattr(Tensor, "copy_", copy_whole)
+            into[0] = values[0]
+            other = threading.Thread(target=run)
+            other.start()
+            other.join(0.5)
+            return copy_whole(into, values)
+
+        with attach(model, "blocks.0", sae, plans[0]) as handle:
+            assert all(torch.equal(model(TOKENS), expected[0]) for _ in range(2))
+            monkeypatch.setattr(Tensor, "copy_", copy_by_halves)
+            handle.update(plans[1])
+            other.join()
+            assert len(answers) == 1
+            assert any(torch.equal(answers[0], answer) for answer in expected)
+            assert torch.equal(model(TOKENS), expected[1])
+
+    @torch.no_grad()
+    def test_many_threads_beside_updates(self, model: Model, sae: SparseAutoencoder) -> None:
+        plans = [self.OLD, *self.UPDATES]
+        expected = []
+        for plan in plans:
+            with attach(model, "blocks.0", sae, plan):
+                expected.append(model(TOKENS))
+        mixed: list[Tensor] = []
+        with attach(model, "blocks.0", sae, self.OLD) as handle:
+
+            @torch.no_grad()
+            def work() -> None:
+                for _ in range(100):
+                    output = model(TOKENS)
+                    if not any(torch.equal(output, answer) for answer in expected):
+                        mixed.append(output)
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            turn = 0
+            while any(thread.is_alive() for thread in threads):
+                turn += 1
+                handle.update(plans[turn % len(plans)])
+            for thread in threads:
+                thread.join()
+        assert not mixed
+        assert turn > len(plans)
+
+    def test_a_fork_waits_for_the_write(self, model: Model, sae: SparseAutoencoder) -> None:
+        """Else the child would find the lock of the values taken, by a thread that it does not have."""
+        held, forked = threading.Event(), threading.Event()
+
+        def write() -> None:
+            with attach_module._values:
+                held.set()
+                forked.wait(0.2)
+
+        writer = threading.Thread(target=write)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)), torch.no_grad():
+            writer.start()
+            held.wait()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons: threads and fork
+                child = os.fork()
+            if child == 0:
+                taken = False
+                try:
+                    taken = attach_module._values.acquire(timeout=10)
+                finally:
+                    os._exit(0 if taken else 1)
+            forked.set()
+            writer.join()
+            assert os.waitpid(child, 0)[1] == 0
+
+
 class TestPlainCall:
     """What one bound call does of a handle's own plan must be what is done without it, whatever changes."""
 
@@ -629,8 +801,8 @@ class TestPlainCall:
         expected = self.reference(model, sae, plan, valid=is_item(TOKENS))
         with attach(model, "blocks.0", sae, plan, valid=is_item) as handle:
             first = model(TOKENS)
-            assert handle._plain is not None
-            assert handle._plain[2].is_current()
+            assert handle._state.plain is not None
+            assert handle._state.plain.is_current()
             handle._steer_any = None  # type: ignore[method-assign, assignment]  # only the bound call is left
             assert same_bits(model(TOKENS), first)
             assert torch.equal(first, expected)
@@ -728,7 +900,7 @@ class TestPlainCall:
             handle.update(strengths=holder[0])
             expected = [model(TOKENS) for _ in range(2)][-1]
             getattr(holder, change)()
-            assert handle._strengths.dtype != torch.float32
+            assert handle.strengths.dtype != torch.float32
             assert torch.equal(model(TOKENS), expected)
 
     def test_negative_views_are_read_as_what_they_stand_for(self, sae: SparseAutoencoder) -> None:
@@ -747,8 +919,8 @@ class TestPlainCall:
         with attach(model, "blocks.0", sae, SteeringPlan(EDITS)) as handle:
             steered = [model(TOKENS) for _ in range(2)]
             assert same_bits(*steered)
-            assert handle._plain is not None
-        assert handle._plain is None
+            assert handle._state.plain is not None
+        assert handle._state.plain is None
 
     def test_strengths_that_do_not_fit_the_plan_are_not_bound(self, sae: SparseAutoencoder) -> None:
         assert sae.bind_steer(SteeringPlan(EDITS), torch.zeros(len(EDITS) + 1)) is None
@@ -775,7 +947,7 @@ class TestPlainCall:
     def test_copies_and_pickles_bind_their_own(self, model: Model, sae: SparseAutoencoder) -> None:
         with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item) as handle:
             steered = [model(TOKENS) for _ in range(2)][-1]
-            assert handle._plain is not None
+            assert handle._state.plain is not None
             for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
                 assert all(same_bits(twin(TOKENS), steered) for _ in range(2))
 
@@ -785,6 +957,75 @@ class TestPlainCall:
             for _ in range(3):
                 with pytest.raises(ValueError, match="times its norm"):
                     model(TOKENS)
+
+
+# torch has decompositions of its own scripted when forward-mode derivatives are asked for first.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+class TestTransforms:
+    """Forward-mode derivatives and batching, which are there without gradients too."""
+
+    PLANS = (
+        SteeringPlan(EDITS),
+        SteeringPlan([*EDITS, Direction([1.0] * WIDTH, 2.0)], mode="reconstruct", positions="last"),
+    )
+
+    @pytest.fixture(params=PLANS, ids=["delta", "reconstruct"])
+    def site(self, request: pytest.FixtureRequest, sae: SparseAutoencoder) -> Iterator[tuple[nn.Module, Any]]:
+        """A linear layer that is steered, bound already, and what it should compute, in differentiable PyTorch."""
+        host, plan = nn.Sequential(nn.Linear(WIDTH, WIDTH)), request.param
+        twin = copy.deepcopy(host)
+        weights = (sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec, sae.activation)
+        with torch.no_grad(), attach(host, "0", sae, plan) as handle:
+            for _ in range(2):
+                host(self.x())
+            assert handle._state.plain is not None
+            yield host, lambda x: reference.steer(twin(x), *weights, plan)
+
+    @staticmethod
+    def x(seed: int = 1) -> Tensor:
+        return torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def test_jvp(self, site: tuple[nn.Module, Any]) -> None:
+        host, expected = site
+        output, tangent = torch.func.jvp(host, (self.x(),), (self.x(2),))
+        wanted, wanted_tangent = torch.func.jvp(expected, (self.x(),), (self.x(2),))
+        torch.testing.assert_close(output, wanted)
+        torch.testing.assert_close(tangent, wanted_tangent)
+        plain = torch.func.jvp(host[0].forward, (self.x(),), (self.x(2),))[1]
+        assert not torch.allclose(tangent, plain)
+
+    def test_dual_numbers(self, site: tuple[nn.Module, Any]) -> None:
+        host, expected = site
+        wanted = torch.func.jvp(expected, (self.x(),), (self.x(2),))[1]
+        with forward_ad.dual_level():
+            output = forward_ad.unpack_dual(host(forward_ad.make_dual(self.x(), self.x(2))))
+            assert output.tangent is not None
+            torch.testing.assert_close(output.tangent, wanted)
+        assert forward_ad._current_level == -1
+
+    def test_vmap(self, site: tuple[nn.Module, Any]) -> None:
+        host, _ = site
+        batches = torch.stack([self.x(seed) for seed in range(3)])
+        torch.testing.assert_close(torch.func.vmap(host)(batches), torch.stack([host(x) for x in batches]))
+
+    def test_jacobian(self, site: tuple[nn.Module, Any]) -> None:
+        """Both at once, per sequence."""
+        host, expected = site
+        x = self.x()[:1, :2]
+        torch.testing.assert_close(torch.func.jacfwd(host)(x), torch.func.jacfwd(expected)(x))
+
+
+def test_a_handle_that_its_autoencoder_holds_is_collected(model: Model) -> None:
+    sae = make_sae()
+    sae.handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))  # type: ignore[assignment]
+    with torch.no_grad():
+        model(TOKENS), model(TOKENS)
+    assert sae.handle._state.plain is not None
+    alive = weakref.ref(sae)
+    model.blocks[0]._forward_hooks.clear()
+    del sae
+    gc.collect()
+    assert alive() is None
 
 
 class TestCompiled:
