@@ -78,6 +78,7 @@ class StudyControlSettings:
                 "add_delta_all",
                 "contrastive_last",
                 "even_push_last",
+                "even_push_last_per_user",
                 "zero_reconstruct_all",
                 "several_zero_all",
                 "subtract_even_push_last",
@@ -180,23 +181,45 @@ class _Experiment:
         }
 
     def _curve(self, method: Method) -> tuple[list[_Point], list[_Point]]:
-        """What was tried on the sample, from strength 0 on, and the curve on the test users."""
+        """What was tried on the sample, from strength 0 on, and the curve on the test users.
+
+        A dose is a strength for all users, or the price of each user's own.
+        """
         plan, settings = self.maker.plan(method, self.attribute), self.settings
         start = self.on_sample.share
         wanted = [one * start for one in settings.multiples if one * start <= settings.largest_share]
         # At least as far as methods are compared, whatever the curve goes through.
         compared = min(settings.multiple * start, settings.largest_share)
-        tried = self._tried(plan, max([*wanted, compared]) if start else settings.largest_share)
-        strengths = strengths_for(wanted or [settings.largest_share], tried)
-        points = [self._measured(self.test, plan.scaled(strength), strength) for strength in strengths]
+        if method.per_user:
+            on_sample, on_test = self._dosed(method, plan)
+            doses = [on_sample.price(share) for share in sorted({*wanted, compared})]
+            tried = [self.on_sample, *(_Point(*on_sample.at(price)) for price in doses)]
+        else:
+            tried = self._tried(plan, max([*wanted, compared]) if start else settings.largest_share)
+            doses = strengths_for(wanted or [settings.largest_share], tried)
+
+        def on_test_users(dose: float) -> _Point:
+            if method.per_user:
+                return _Point(*on_test.at(dose))
+            return self._measured(self.test, plan.scaled(dose), dose)
+
+        points, dose = [on_test_users(dose) for dose in doses], doses[-1]
         # The sample's share may be below that of the test users: the curve has to reach what is compared.
         target = settings.multiple * self.untouched.share
         while target <= settings.largest_share and points[-1].share < target and points[-1].strength < 2 * LARGEST:
-            strength = 1.3 * points[-1].strength
-            points.append(self._measured(self.test, plan.scaled(strength), strength))
+            dose *= 1.3
+            points.append(on_test_users(dose))
             if points[-1].share <= points[-2].share:
                 break
         return tried, points
+
+    def _dosed(self, method: Method, plan: SteeringPlan) -> tuple[DosedLists, DosedLists]:
+        """Of the sample, where prices are found, and of the test users."""
+        on_sample, on_test = (
+            DosedLists.measure(ranking, plan, self.settings.doses, self.has_attribute, sign=method.sign)
+            for ranking in (self.sample, self.test)
+        )
+        return on_sample, on_test
 
     def _tried(self, plan: SteeringPlan, share: float) -> list[_Point]:
         """Points of the sample at growing strengths, until the share is passed."""
@@ -244,10 +267,7 @@ class _Experiment:
         plan = self.maker.plan(method, self.attribute)
         wanted = [left * self.on_sample.share for left in (0.75, 0.5, self.settings.share_left)]
         if method.per_user:
-            on_sample, on_test = (
-                DosedLists.measure(ranking, plan, self.settings.doses, self.has_attribute)
-                for ranking in (self.sample, self.test)
-            )
+            on_sample, on_test = self._dosed(method, plan)
             points = [_Point(*on_test.at(on_sample.price(share))) for share in wanted]
         else:
             strengths = strengths_for(wanted, self._tried(plan, wanted[-1])) if method.op == "add" else [1.0]

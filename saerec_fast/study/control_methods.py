@@ -108,6 +108,9 @@ UP: tuple[Method, ...] = (
     Method("contrastive_last", "contrastive", "add", "delta", "last"),
     Method("even_push_all", "even_push", "add", "delta", "all"),
     Method("even_push_last", "even_push", "add", "delta", "last"),
+    Method("add_delta_all_per_user", "single", "add", "delta", "all", per_user=True),
+    Method("even_push_all_per_user", "even_push", "add", "delta", "all", per_user=True),
+    Method("even_push_last_per_user", "even_push", "add", "delta", "last", per_user=True),
 )
 DOWN: tuple[Method, ...] = (
     Method("zero_reconstruct_all", "single", "set", "reconstruct", "all", -1),

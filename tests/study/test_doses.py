@@ -39,8 +39,8 @@ def ranking(model: SequenceRecommender, split: Split) -> SteeredRanking:
     return SteeredRanking(model, split.test, sae, "block.0", popularity=item_popularity(split.train), batch_size=7)
 
 
-def lists(shares: np.ndarray, expected: np.ndarray) -> DosedLists:
-    return DosedLists(np.arange(len(shares), dtype=float), shares, expected, expected)
+def lists(shares: np.ndarray, expected: np.ndarray, sign: int) -> DosedLists:
+    return DosedLists(np.arange(len(shares), dtype=float), shares, expected, expected, sign)
 
 
 def test_expected_ndcg_is_by_the_recommenders_own_probabilities(
@@ -62,7 +62,7 @@ def test_expected_ndcg_is_by_the_recommenders_own_probabilities(
 def test_measured_lists_are_those_of_the_plan(ranking: SteeredRanking, split: Split) -> None:
     plan = SteeringPlan([Direction(torch.linspace(-1, 1, WIDTH))], positions="last")
     has_attribute = np.arange(split.n_items) % 9 == 0
-    found = DosedLists.measure(ranking, plan, (0.5, 2.0), has_attribute)
+    found = DosedLists.measure(ranking, plan, (0.5, 2.0), has_attribute, sign=-1)
     assert found.strengths.tolist() == [0.0, 0.5, 2.0]
     for place, strength in enumerate(found.strengths):
         metrics = ranking.metrics(plan.scaled(float(strength)))
@@ -76,34 +76,37 @@ def test_measured_lists_are_those_of_the_plan(ranking: SteeredRanking, split: Sp
     assert (found.doses(1e3)[without] == 0).all()
 
 
-@given(st.data())
-def test_no_other_choice_expects_more_at_the_same_share(data: st.DataObject) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+@given(data=st.data())
+def test_no_other_choice_expects_more_at_the_same_share(sign: int, data: st.DataObject) -> None:
     shape = (3, data.draw(st.integers(1, 4)))
-    table = lists(*(data.draw(arrays.arrays(np.float64, shape, elements=UNIT)) for _ in range(2)))
+    table = lists(*(data.draw(arrays.arrays(np.float64, shape, elements=UNIT)) for _ in range(2)), sign)
     price = data.draw(st.floats(0.001, 10))
     users = np.arange(shape[1])
     doses = table.doses(price)
     share, expected = table.shares[doses, users].mean(), table.expected[doses, users].mean()
     for other in itertools.product(range(3), repeat=shape[1]):
-        if table.shares[other, users].mean() <= share:
+        if sign * table.shares[other, users].mean() >= sign * share:
             assert table.expected[other, users].mean() <= expected + 1e-9
 
 
-@given(st.data())
-def test_the_price_is_the_least_that_is_enough(data: st.DataObject) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+@given(data=st.data())
+def test_the_price_is_the_least_that_is_enough(sign: int, data: st.DataObject) -> None:
     shape = (3, data.draw(st.integers(1, 4)))
-    table = lists(*(data.draw(arrays.arrays(np.float64, shape, elements=UNIT)) for _ in range(2)))
+    table = lists(*(data.draw(arrays.arrays(np.float64, shape, elements=UNIT)) for _ in range(2)), sign)
     wanted = data.draw(UNIT)
     price = table.price(wanted)
     _, share, ndcg = table.at(price)
     assert ndcg.shape == (shape[1],)
-    if share > wanted:
-        assert share == pytest.approx(table.shares.min(axis=0).mean())  # out of reach
+    if sign * share < sign * wanted:
+        furthest = table.shares.max(axis=0) if sign > 0 else table.shares.min(axis=0)
+        assert share == pytest.approx(furthest.mean())  # out of reach
     elif price > 1e-5:
-        assert table.at(price * 0.999)[1] > wanted
+        assert sign * table.at(price * 0.999)[1] < sign * wanted
 
 
 def test_the_least_of_equal_strengths_is_taken() -> None:
-    table = lists(np.full((3, 1), 0.5), np.full((3, 1), 0.2))
+    table = lists(np.full((3, 1), 0.5), np.full((3, 1), 0.2), 1)
     assert table.doses(1.0).tolist() == [0]
     assert table.at(1.0)[0] == 0.0
