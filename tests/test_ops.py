@@ -177,6 +177,24 @@ def test_batch_sizes_do_not_recompile_forever(name: str) -> None:
     assert counter.graphs <= 2  # the first size, then any size
 
 
+def test_a_capacity_compiles_to_static_shapes() -> None:
+    def encode(t: Inputs) -> tuple[Tensor, ...]:
+        features = fast.encode_threshold(*t[:4], 0.3, capacity=50)
+        assert features.indices.shape == (50,)
+        decoded = fast.decode_sparse(features, t.W_dec, t.b_dec)
+        return features.offsets, features.indices, features.values, features.n_active, decoded
+
+    counter = GraphCounter()
+    compiled = torch.compile(encode, fullgraph=True, backend=counter)
+    for seed in (0, 1):
+        inputs = make_inputs(CASE, seed)
+        for actual, expected in zip(compiled(inputs), encode(inputs), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert counter.graphs == 1
+    leaves = leaves_of(12, 2)
+    assert_all_close(grads_of(compiled(leaves)[4], leaves), grads_of(encode(leaves)[4], leaves))
+
+
 def test_encode_threshold_compiles(dynamic_output_shapes: None) -> None:
     def encode(t: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         features = fast.encode_threshold(*t[:4], 0.3)

@@ -70,25 +70,6 @@ def test_reference_waits_only_without_a_capacity() -> None:
         reference.encode_threshold(*args, 1.0)
 
 
-def test_compiles_to_one_graph_of_static_shapes() -> None:
-    backend = "cpu"
-
-    def encode(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        features = fast.encode_threshold(*inputs[:4], 1.0, capacity=50, backend=backend)
-        assert features.indices.shape == (50,)
-        return (
-            *features[:3],
-            features.n_active,
-            fast.decode_sparse(features, inputs.W_dec, inputs.b_dec, backend=backend),
-        )
-
-    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
-    for seed in (0, 1):
-        inputs = integer_inputs(9, 40, 5, seed=seed)
-        for actual, expected in zip(compiled(inputs), encode(inputs), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("capacity", [2.0, True, "many"])
 def test_capacity_of_a_wrong_type(capacity: object) -> None:
     with pytest.raises(TypeError, match="capacity: expected an integer or None, got"):
