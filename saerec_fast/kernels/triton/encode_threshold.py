@@ -3,8 +3,8 @@
 1. ``mark_kernel``: scores tile by tile; one bit per feature that is active, ``(R, n / 32)`` words, and how many there
    are per row and part of the dictionary.
 2. An exclusive scan of these counts (``torch.cumsum``): where each part's entries start.
-3. The host reads the total, once, to allocate exactly: the only wait. With a capacity it does not, and nothing waits, as a
-   CUDA graph asks for.
+3. The host reads the total, once, to allocate exactly: the only wait. With a capacity it does not, and nothing waits,
+   as a CUDA graph asks for.
 4. ``fill_kernel``: the same tiles again; the bits, not the recomputed scores, say what is stored, and a running count
    per row says where. So the entries always fit what was counted; those beyond the capacity are not stored.
 
