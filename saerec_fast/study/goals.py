@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CORRELATION, ROC_AUC, EXPLAINED_VARIANCE, L0 = 0.70, 0.88, 0.95, 35.0
@@ -96,10 +96,8 @@ def _control(control: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "reached": chosen["relative_to_reference"] >= LEAD_AT_SHARE,
             }
         )
-    summary = [one for one in control["suppression_summary"] if one["share_left"] is not None]
-    if summary:
-        strong = [one for one in summary if one["share_left"] <= SHARE_LEFT]
-        best = max(strong, key=lambda one: one["ndcg_kept"]) if strong else min(summary, key=lambda o: o["share_left"])
+    best = best_suppression(control["suppression_summary"])
+    if best is not None:
         found.append(
             {
                 "goal": "An attribute can be suppressed",
@@ -110,3 +108,13 @@ def _control(control: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def best_suppression(summary: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of the methods that leave little enough of the share the one that keeps most of NDCG; where none does, the one
+    that leaves least."""
+    known = [one for one in summary if one["share_left"] is not None]
+    strong = [one for one in known if one["share_left"] <= SHARE_LEFT]
+    if strong:
+        return max(strong, key=lambda one: one["ndcg_kept"])
+    return min(known, key=lambda one: one["share_left"], default=None)

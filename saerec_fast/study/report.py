@@ -20,6 +20,7 @@ from saerec_fast.files import write_text
 from saerec_fast.interpret.report import page_environment
 from saerec_fast.interpret.statistics import Estimate
 from saerec_fast.study.figures import Drawing, study_figures
+from saerec_fast.study.goals import best_suppression
 from saerec_fast.study.tables import ranked_methods, reached, relative, study_tables
 
 _HERE = Path(__file__).parent
@@ -161,14 +162,11 @@ def _summary(sections: Mapping[str, Any]) -> list[str]:
         if beside is not None and best[1]["method"] != at_share.get("reference"):
             text += f", {beside:.2f} times what the reference method keeps where both reach it"
         texts.append(text + ".")
-    suppressed = [
-        one for one in sections.get("control", {}).get("suppression_summary", []) if one["share_left"] is not None
-    ]
-    if suppressed:
-        one = min(suppressed, key=lambda one: one["share_left"])
+    one = best_suppression(sections.get("control", {}).get("suppression_summary", []))
+    if one is not None:
         labels = {method["name"]: method["label"] for method in sections["control"].get("methods", [])}
         texts.append(
-            f"The strongest suppression, “{labels.get(one['method'], one['method'])}”, leaves "
+            f"The best suppression, “{labels.get(one['method'], one['method'])}”, leaves "
             f"{one['share_left']:.1%} of the share and {one['ndcg_kept']:.1%} of NDCG@10."
         )
     return texts
