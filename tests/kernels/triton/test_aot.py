@@ -5,10 +5,10 @@ shared memory that fits, tensor cores where they are claimed, never tf32, and su
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,19 @@ TUNED = {"group_maxima_kernel", "emit_kernel", "decode_kernel", "gradient_kernel
 CHOOSES_TILES = {"group_maxima_kernel"}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile(capability: int) -> None:
-    # In a process of its own: where triton interprets, it does not compile.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    result = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
+# In a process of its own: where triton interprets, it does not compile.
+COMPILE = ("env", "-u", "TRITON_INTERPRET", sys.executable, str(Path(__file__).with_name("compile_kernels.py")))
+
+
+@pytest.mark.parametrize(
+    ("capability", "command"),
+    [(one, (*COMPILE, str(one))) for one in SHARED_MEMORY],
+    ids=[f"sm_{one}" for one in SHARED_MEMORY],
+)
+def test_kernels_compile(
+    capability: int, command: tuple[str, ...], finished: Callable[[tuple[str, ...]], subprocess.CompletedProcess[str]]
+) -> None:
+    result = finished(command)
     assert result.returncode == 0, result.stderr[-4000:]
     kernels: list[dict[str, Any]] = [json.loads(line) for line in result.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} == SCORING | OTHERS

@@ -4,14 +4,15 @@ what they import, import it too.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
+PYTEST = ("env", "TRITON_INTERPRET=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
 INTERPRETED = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 
@@ -19,10 +20,12 @@ def test_there_is_something_to_run() -> None:
     assert INTERPRETED
 
 
-@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
-def test_in_the_interpreter(path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(path)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "command", [(*PYTEST, str(path)) for path in INTERPRETED], ids=[path.stem for path in INTERPRETED]
+)
+def test_in_the_interpreter(
+    command: tuple[str, ...], finished: Callable[[tuple[str, ...]], subprocess.CompletedProcess[str]]
+) -> None:
+    result = finished(command)
     print(result.stdout[-4000:])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
