@@ -376,19 +376,14 @@ def _suppression(summary: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
     drawn = list(dict.fromkeys([summary[0]["method"], *(one["method"] for one in best)]))[: len(SERIES)]
     figure, axes = _panel(320 + 19 * (len(drawn) + 3))
     axes.add_patch(Rectangle((0, NDCG_KEPT_BY_SUPPRESSION), SHARE_LEFT, 1, color=SERIES[2], alpha=0.18, linewidth=0))
-    others = False
+    lines = []
     for one in summary:
-        points = sorted(
-            [*one.get("points", [one]), {"share_left": 1.0, "ndcg_kept": 1.0}], key=lambda p: p["share_left"]
+        points = [*one.get("points", [one]), {"share_left": 1.0, "ndcg_kept": 1.0}]
+        points.sort(key=lambda point: point["share_left"])
+        lines.append(
+            (one["method"], [point["share_left"] for point in points], [point["ndcg_kept"] for point in points])
         )
-        x, y = [point["share_left"] for point in points], [point["ndcg_kept"] for point in points]
-        if one["method"] not in drawn:
-            axes.plot(x, y, color=GREY, linewidth=0.8, alpha=0.5, label=None if others else "other methods", zorder=1)
-            others = True
-            continue
-        number = drawn.index(one["method"])
-        label = labels.get(one["method"], one["method"])
-        axes.plot(x, y, color=SERIES[number], marker=MARKERS[number], markersize=4.5, linewidth=1.7, label=label)
+    _method_lines(axes, lines, drawn, labels)
     mark_untouched(axes, 1.0, 1.0)
     axes.set_xlim(left=0)
     axes.set_ylim(top=1.02)
@@ -401,6 +396,24 @@ def _suppression(summary: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
     return svg(figure, name, "Suppression", "Share left against NDCG@10 kept: " + ", ".join(drawn))
 
 
+def _method_lines(
+    axes: Axes,
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    drawn: Sequence[str],
+    labels: Mapping[str, str],
+) -> None:
+    """A line per method, given as its name, x and y: in colour if it is among ``drawn``, else pale and unnamed."""
+    others = False
+    for method, x, y in lines:
+        if method not in drawn:
+            axes.plot(x, y, color=GREY, linewidth=0.8, alpha=0.5, label=None if others else "other methods", zorder=1)
+            others = True
+            continue
+        number = drawn.index(method)
+        label = labels.get(method, method)
+        axes.plot(x, y, color=SERIES[number], marker=MARKERS[number], markersize=4.5, linewidth=1.7, label=label)
+
+
 def _curves(
     curves: Sequence[Mapping[str, Any]],
     attribute: str,
@@ -410,17 +423,11 @@ def _curves(
     name: str,
 ) -> str:
     figure, axes = _panel(300 + 19 * (len(drawn) + 2))
-    others = False
+    lines = []
     for curve in curves:
         points = sorted(curve["points"], key=lambda one: one["strength"])
-        x, y = [one["share"] for one in points], [one["ndcg@10"] for one in points]
-        if curve["method"] not in drawn:
-            axes.plot(x, y, color=GREY, linewidth=0.8, alpha=0.5, label=None if others else "other methods", zorder=1)
-            others = True
-            continue
-        number = drawn.index(curve["method"])
-        label = labels.get(curve["method"], curve["method"])
-        axes.plot(x, y, color=SERIES[number], marker=MARKERS[number], markersize=4.5, linewidth=1.7, label=label)
+        lines.append((curve["method"], [one["share"] for one in points], [one["ndcg@10"] for one in points]))
+    _method_lines(axes, lines, drawn, labels)
     if baseline is not None:
         mark_untouched(axes, baseline["share"], baseline["ndcg@10"])
     axes.set_title(attribute)

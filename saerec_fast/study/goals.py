@@ -23,6 +23,7 @@ def goals(results: Mapping[str, Any], *, site: str, reconstruction_kept: float) 
         Per goal ``{"goal", "wanted", "found", "reached"}``, the first three in words.
     """
     found = []
+    # One SAE has to follow attributes and to keep the ranking: where there is a sweep, the last entry decides.
     kept = {"the run's SAE": reconstruction_kept}
     if "sweep" in results:
         best = _most_interpretable([one for one in results["sweep"]["points"] if one["site"] == site])
@@ -38,7 +39,7 @@ def goals(results: Mapping[str, Any], *, site: str, reconstruction_kept: float) 
             "goal": "Recommendations survive the SAE's reconstruction",
             "wanted": f"at least {NDCG_KEPT_BY_RECONSTRUCTION:.0%} of NDCG@10",
             "found": "; ".join(f"{share:.1%} ({which})" for which, share in kept.items()),
-            "reached": max(kept.values()) >= NDCG_KEPT_BY_RECONSTRUCTION,
+            "reached": list(kept.values())[-1] >= NDCG_KEPT_BY_RECONSTRUCTION,
         },
     )
     if "control" in results:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import small_run
+from untrained import untrained_recommender
 
+from saerec_fast.data import Split, split_users, synthetic_dataset
 from saerec_fast.pipeline import Run
+from saerec_fast.recommender import SequenceRecommender
 from saerec_fast.study.report import StudyFacts
 
 NASTY = "A </script><script>alert(\"1\")</script> & 'film'"
@@ -28,6 +31,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = small_run(tmp_path_factory.mktemp("study"))
     torch.set_num_threads(threads)
     return run.folder
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return split_users(synthetic_dataset(n_users=120, n_items=60, n_attributes=4, seed=1, mean_length=9.0), seed=1)
+
+
+@pytest.fixture(scope="module")
+def model(split: Split) -> SequenceRecommender:
+    """Untrained, of width 16."""
+    return untrained_recommender(split.n_items, 16)
 
 
 @pytest.fixture

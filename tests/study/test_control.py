@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from small_run import small_run
-from untrained import untrained_recommender
 
-from saerec_fast.data import Split, split_users, synthetic_dataset
+from saerec_fast.data import Split
 from saerec_fast.files import read_json
 from saerec_fast.interpret.control import evaluate_steered
 from saerec_fast.pipeline import Run
@@ -30,21 +29,12 @@ from saerec_fast.study.control import (
     strengths_for,
     suppression,
 )
-from saerec_fast.study.control_methods import DOWN, REFERENCE, UP, PlanMaker
+from saerec_fast.study.control_methods import DOWN, REFERENCE, UP, Method, PlanMaker
+from saerec_fast.study.doses import DosedLists
 from saerec_fast.study.steered_ranking import SteeredRanking
 from saerec_fast.types import Direction, Edit, ReLU, SteeringPlan, TopK
 
 WIDTH = 16
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    return split_users(synthetic_dataset(n_users=120, n_items=60, n_attributes=4, seed=1, mean_length=9.0), seed=1)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> SequenceRecommender:
-    return untrained_recommender(split.n_items, WIDTH)
 
 
 def make_sae(activation: Any) -> SparseAutoencoder:
@@ -236,6 +226,46 @@ def test_section(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert one["attributes"] == found["attributes"][:1]
     with pytest.raises(AssertionError, match="measured again"):
         measure(run, replace(QUICK, share_left=0.5), tmp_path)
+
+
+def test_prices_of_a_strength_per_user_are_found_on_the_sample(run: Run, tmp_path: Path) -> None:
+    names = ("even_push_last_per_user", "subtract_even_push_last_per_user")
+    attributes = run.result("data")["attributes"]
+    settings = replace(QUICK, attributes=tuple(attributes), methods=names, multiples=(1.1, 1.2, 1.3), test_users=2000)
+    found = measure(run, settings, tmp_path)
+    sample = control_module._ranking(run, run.sae_users, settings.sample_users, settings.seed)
+    test = control_module._ranking(run, run.split.test, settings.test_users, settings.seed)
+    maker = PlanMaker(run, sample, n_several=settings.n_several, ridge=settings.ridge)
+    up, down = (next(one for one in (*UP, *DOWN) if one.name == name) for name in names)
+
+    def expected(method: Method, attribute: str, multiple: float) -> list[float]:
+        plan, has_attribute = maker.plan(method, attribute), maker.has_attribute(attribute)
+        tables = [
+            DosedLists.measure(ranking, plan, settings.doses, has_attribute, sign=method.sign)
+            for ranking in (sample, test)
+        ]
+        strength, share, ndcg = tables[1].at(tables[0].price(multiple * tables[0].shares[0].mean()))
+        return [strength, share, float(ndcg.mean())]
+
+    for attribute in attributes:
+        own = [one for one in (*found["curves"], *found["suppression"]) if one["attribute"] == attribute]
+        (curve,) = (one for one in own if one["method"] == up.name)
+        for multiple, point in zip(settings.multiples, curve["points"], strict=False):
+            values = [point["strength"], point["share"], point["ndcg@10"]]
+            assert values == pytest.approx(expected(up, attribute, multiple))
+        (lowered,) = (one for one in own if one["method"] == down.name)
+        for left, point in zip((0.75, 0.5, settings.share_left), lowered["points"], strict=True):
+            values = [point["strength"], point["share"], point["ndcg@10"]]
+            assert values == pytest.approx(expected(down, attribute, left))
+
+
+def test_suppression_of_attributes_with_unlike_numbers_of_points_is_compared_at_the_last() -> None:
+    one = {"points": [{"share_left": 0.5, "ndcg_kept": 0.9}, {"share_left": 0.2, "ndcg_kept": 0.8}]}
+    other = {"points": [{"share_left": 0.4, "ndcg_kept": 0.6}]}
+    summary = control_module._suppression_summary("zero", [one, other])
+    assert summary["points"] == [{"share_left": pytest.approx(0.3), "ndcg_kept": pytest.approx(0.7)}]
+    assert (summary["share_left"], summary["attributes"]) == (pytest.approx(0.3), 2)
+    assert len(control_module._suppression_summary("zero", [one, one])["points"]) == 2
 
 
 def test_what_is_cut_off_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

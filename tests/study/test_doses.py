@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from untrained import untrained_recommender
 
-from saerec_fast.data import Split, split_users, synthetic_dataset
+from saerec_fast.data import Split
 from saerec_fast.recommender import SequenceRecommender, item_popularity
 from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.study.doses import DosedLists
@@ -21,16 +20,6 @@ from saerec_fast.types import Direction, ReLU, SteeringPlan
 
 WIDTH = 16
 UNIT = st.integers(0, 10).map(lambda tenths: tenths / 10)
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    return split_users(synthetic_dataset(n_users=120, n_items=60, n_attributes=4, seed=1, mean_length=9.0), seed=1)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> SequenceRecommender:
-    return untrained_recommender(split.n_items, WIDTH)
 
 
 @pytest.fixture(scope="module")

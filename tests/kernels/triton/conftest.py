@@ -16,7 +16,7 @@ Command = tuple[str, ...]
 
 
 @pytest.fixture(scope="session")
-def finished(request: pytest.FixtureRequest) -> Iterator[Callable[[Command], subprocess.CompletedProcess[str]]]:
+def result_of(request: pytest.FixtureRequest) -> Iterator[Callable[[Command], subprocess.CompletedProcess[str]]]:
     """What became of a test's parameter ``command``, run in a process of its own.
 
     They are many minutes of work for one core each: the first test starts those of all selected tests, as many at once
@@ -25,7 +25,7 @@ def finished(request: pytest.FixtureRequest) -> Iterator[Callable[[Command], sub
     commands = [
         item.callspec.params["command"]
         for item in request.session.items
-        if "finished" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
+        if "result_of" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
     ]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         running: dict[Command, Future[subprocess.CompletedProcess[str]]] = {

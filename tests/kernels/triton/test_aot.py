@@ -46,9 +46,9 @@ COMPILE = ("env", "-u", "TRITON_INTERPRET", sys.executable, str(Path(__file__).w
     ids=[f"sm_{one}" for one in SHARED_MEMORY],
 )
 def test_kernels_compile(
-    capability: int, command: tuple[str, ...], finished: Callable[[tuple[str, ...]], subprocess.CompletedProcess[str]]
+    capability: int, command: tuple[str, ...], result_of: Callable[[tuple[str, ...]], subprocess.CompletedProcess[str]]
 ) -> None:
-    result = finished(command)
+    result = result_of(command)
     assert result.returncode == 0, result.stderr[-4000:]
     kernels: list[dict[str, Any]] = [json.loads(line) for line in result.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} == SCORING | OTHERS

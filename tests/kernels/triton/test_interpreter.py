@@ -24,8 +24,8 @@ def test_there_is_something_to_run() -> None:
     "command", [(*PYTEST, str(path)) for path in INTERPRETED], ids=[path.stem for path in INTERPRETED]
 )
 def test_in_the_interpreter(
-    command: tuple[str, ...], finished: Callable[[tuple[str, ...]], subprocess.CompletedProcess[str]]
+    command: tuple[str, ...], result_of: Callable[[tuple[str, ...]], subprocess.CompletedProcess[str]]
 ) -> None:
-    result = finished(command)
+    result = result_of(command)
     print(result.stdout[-4000:])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
