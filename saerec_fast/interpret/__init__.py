@@ -5,6 +5,7 @@ Figures and reports need the extra ``study`` and are imported from their modules
 """
 
 from saerec_fast.interpret.examples import Example, TopExamples
+from saerec_fast.interpret.plans import attribute_plan
 from saerec_fast.interpret.statistics import (
     AttributeSummary,
     BestFeatures,
@@ -24,5 +25,6 @@ __all__ = [
     "FeatureStatisticsResult",
     "Summary",
     "TopExamples",
+    "attribute_plan",
     "ratio",
 ]

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from saerec_fast.interpret import attribute_plan
 from saerec_fast.sae import ActivationStore
 from saerec_fast.steering import contrastive_direction
 from saerec_fast.types import Direction, Edit, SteeringPlan
@@ -156,6 +157,17 @@ class PlanMaker:
         Raises:
             ValueError: no such attribute, or one too rare to have statistics.
         """
+        if method.source == "several":
+            assert method.op != "scale"
+            return attribute_plan(
+                self.statistics,
+                attribute,
+                count=self.n_several,
+                suppress=method.sign < 0,
+                op=method.op,
+                mode=method.mode,
+                positions=method.positions,
+            )
         edits: list[Edit | Direction]
         if method.source == "contrastive":
             edits = [self._contrast(attribute)]
@@ -179,15 +191,9 @@ class PlanMaker:
 
     def _features(self, method: Method, attribute: str) -> dict[int, float]:
         """Features and how much of each, at unit strength."""
-        statistics = self.statistics
-        strong = np.nan_to_num(statistics.quantiles[:, -1])
         if method.source == "single":
             feature = self.run.feature_of(attribute)
-            return {feature: float(strong[feature])}
-        if method.source == "several":
-            column = np.nan_to_num(statistics.correlation[:, statistics.attribute_index(attribute)])
-            chosen = np.argsort(-column, kind="stable")[: self.n_several]
-            return {int(one): float(strong[one] * column[one] / column[chosen[0]]) for one in chosen if column[one] > 0}
+            return {feature: float(np.nan_to_num(self.statistics.quantiles[feature, -1]))}
         return self._pushing_features(attribute, method.positions)
 
     def _contrast(self, attribute: str) -> Direction:
