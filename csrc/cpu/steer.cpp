@@ -387,7 +387,9 @@ class ChunkSteerer {
   void change(const Offset& offset, int64_t begin, int64_t end) {
     const int64_t slots = plan_.slots();
     float* edited = scratch_.edited.get<float>(slots * stride_);
-    std::copy_n(activations_, slots * stride_, edited);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      std::copy_n(activations_ + slot * stride_ + begin, end - begin, edited + slot * stride_ + begin);
+    }
     edit(edited, begin, end);
     ChangesTask task;
     task.x = row_range(x_, begin, end - begin);
