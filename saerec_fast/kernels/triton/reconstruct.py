@@ -5,9 +5,9 @@ launch less, and what it decodes from is still in its cache. It reads the k valu
 since a sorted register tile cannot be indexed. Activations are not rounded on the way. Wider states get a decode launch
 of their own, with programs for blocks of columns.
 
-Threshold activations: up to the same width, reconstruct_threshold.py. Wider states would have their scores computed more
-than twice there; they get the composition of ``encode_threshold`` and ``decode_sparse``, which waits for the number of
-entries once.
+Threshold activations: up to the same width, reconstruct_threshold.py. Wider states would have their scores computed
+more than twice there; they get the composition of ``encode_threshold`` and ``decode_sparse``, which waits for the number
+of entries once.
 """
 
 from __future__ import annotations
