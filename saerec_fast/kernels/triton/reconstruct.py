@@ -6,8 +6,7 @@ since a sorted register tile cannot be indexed. Activations are not rounded on t
 of their own, with programs for blocks of columns.
 
 Threshold activations: up to the same width, reconstruct_threshold.py. Wider states would have their scores computed
-more than twice there; they get the composition of ``encode_threshold`` and ``decode_sparse``, which waits for the number
-of entries once.
+more than twice there; they get ``encode_threshold`` and ``decode_sparse``, which wait for the number of entries once.
 """
 
 from __future__ import annotations
