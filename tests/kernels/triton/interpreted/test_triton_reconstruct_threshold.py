@@ -90,6 +90,22 @@ def test_memory_layouts_give_the_same_bits(layout: str) -> None:
     assert_same_bits(moved, fast.reconstruct(*inputs, fast.ReLU(), backend="triton"))
 
 
+def test_weights_of_unlike_strides() -> None:
+    inputs = integer_inputs(Case(9, 40, 1, 3))
+    wide = torch.full((40, 12), NAN)
+    wide[:, :9] = inputs.W_dec
+    check(inputs._replace(W_dec=wide[:, :9]), fast.ReLU())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_infinity_stays_where_nothing_cancels_it() -> None:
+    """Also behind the last feature, whose tile is not full: no infinity times a padding zero."""
+    inputs = integer_inputs(Case(9, 40, 1, 2))
+    positive = inputs._replace(x=inputs.x.abs(), W_enc=inputs.W_enc.abs() + 1, W_dec=inputs.W_dec.abs() + 1)
+    positive.x[0, 2] = INF
+    assert check(positive, fast.ReLU())[0].eq(INF).all()
+
+
 # --- one order of sums
 
 
