@@ -21,13 +21,11 @@ class Request:
     """A row that was understood.
 
     Attributes:
-        row: its place in the table.
         items: int64 ``(n,)``, item indices, oldest first; all that are known, also those the model will not see.
         plan: ``None`` where nothing is steered; a mask of its positions is bool ``(n,)``.
         k: length of the list asked for.
     """
 
-    row: int
     items: np.ndarray
     plan: SteeringPlan | None
     k: int
@@ -46,7 +44,7 @@ class RequestReader:
     max_edits: int
     skip_unknown: bool
 
-    def read(self, row: int, history: Any, edits: Any, k: Any) -> Request:
+    def read(self, history: Any, edits: Any, k: Any) -> Request:
         """One row.
 
         Raises:
@@ -66,7 +64,7 @@ class RequestReader:
                     f"got {tuple(plan.positions.shape)}"
                 )
             plan = plan.at_positions(plan.positions.cpu()[torch.from_numpy(known)])
-        return Request(row, items, plan, self._k(k))
+        return Request(items, plan, self._k(k))
 
     def _indices(self, history: Any) -> np.ndarray:
         """Item indices, -1 for unknown items where these are skipped."""
