@@ -226,6 +226,19 @@ void encode_feature_list(EncoderScratch& scratch, const Matrix& x, const Encoder
   active_kernels().encode_features(task);
 }
 
+void find_outscored_rows(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t k,
+                         const float* best, bool* outscored) {
+  OutscoredTask task;
+  task.encode = encode_task(scratch, x, weights, 0, weights.weight.rows);
+  task.best = best;
+  task.k = k;
+  task.outscored = outscored;
+  task.rows = scratch.positions.get<uint32_t>(x.rows);
+  task.counts = scratch.counts.get<int64_t>(x.rows);
+  task.bounds = scratch.bounds.get<float>(x.rows);
+  active_kernels().find_outscored(task);
+}
+
 SweepPartition partition_sweep(int64_t rows, int64_t features, int64_t d, int threads, bool split_features) {
   SweepPartition partition;
   partition.threads = useful_threads(threads, sweep_operations(rows, features, d));

@@ -74,6 +74,10 @@ GroupedLog group_by_row(EncoderScratch& scratch, const ThresholdLog& log, int64_
 void encode_feature_list(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
                          const uint32_t* features, int64_t count, float* out);
 
+// outscored[r] = whether k features of row r of a chunk score above best[r] for certain. Needs packed weights.
+void find_outscored_rows(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights, int64_t k,
+                         const float* best, bool* outscored);
+
 // Cost of a sweep in multiply-adds of float32, for deciding on threads; those of the screen cost a quarter.
 inline int64_t sweep_operations(int64_t rows, int64_t features, int64_t d) { return rows * features * d / 4; }
 

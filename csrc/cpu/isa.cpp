@@ -25,10 +25,10 @@
 #undef SAEREC_TIER
 #endif
 
-#define SAEREC_TIER_KERNELS(tier)                                                       \
-  {tier::pack_blocks, tier::encode_topk, tier::encode_threshold, tier::encode_features, \
-   tier::decode_rows, tier::dot_rows,    tier::sum_groups,       tier::pack_panel,      \
-   tier::step_rows,   tier::step_groups, tier::adam_rows}
+#define SAEREC_TIER_KERNELS(tier)                                                                             \
+  {tier::pack_blocks,    tier::encode_topk, tier::encode_threshold, tier::encode_features, tier::score_slots, \
+   tier::find_outscored, tier::edit_slots,  tier::add_changes,      tier::decode_rows,     tier::dot_rows,    \
+   tier::sum_groups,     tier::pack_panel,  tier::step_rows,        tier::step_groups,     tier::adam_rows}
 
 namespace saerec {
 

@@ -136,6 +136,56 @@ struct FeatureListTask {
   float* out = nullptr;  // (rows, count)
 };
 
+// Exact scores of some rows for the features of a steering plan, its slots, each slot's beside each other.
+struct SlotScoresTask {
+  Matrix x;  // the rows of this task, unit column stride
+  const float* shift = nullptr;
+  const float* weight = nullptr;      // (slots, d)
+  const float* biases = nullptr;      // (slots) or absent
+  const float* thresholds = nullptr;  // (slots) or absent: scores that do not exceed theirs become 0
+  int64_t slots = 0;
+  float* x_rows = nullptr;  // scratch (kMaxLanes, d)
+  float* out = nullptr;     // (slots, slot_stride(rows)); what lies beyond the rows has no meaning
+};
+constexpr int64_t kMaxLanes = 16;  // of the widest tier
+static inline int64_t slot_stride(int64_t rows) { return (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+
+// Which rows have k features that score above `best` for certain: no feature that scores `best` or less is selected.
+struct OutscoredTask {
+  EncodeTask encode;            // with packed weights, all features
+  const float* best = nullptr;  // (rows)
+  int64_t k = 0;
+  bool* outscored = nullptr;  // out (rows); "false" is no statement
+  uint32_t* rows = nullptr;   // scratch (rows), as the next two
+  int64_t* counts = nullptr;
+  float* bounds = nullptr;
+};
+
+// Edits of some rows with the same values: what the activations become.
+struct EditTask {
+  int64_t rows = 0;
+  int64_t stride = 0;              // of a slot's activations
+  float* activations = nullptr;    // (slots, stride), in place
+  int64_t n_edits = 0;             // applied in order
+  const int64_t* slots = nullptr;  // (n_edits), below 0: no slot's
+  const int64_t* ops = nullptr;    // (n_edits), EditOp
+  const float* values = nullptr;   // (n_edits)
+};
+
+// out = x + sum_s (after[s] - before[s]) weight[s] + offset. Rows that neither change are copied bit for bit.
+struct ChangesTask {
+  Matrix x;  // unit column stride, as out
+  Matrix out;
+  int64_t slots = 0;
+  int64_t stride = 0;
+  const float* before = nullptr;  // (slots, stride)
+  float* after = nullptr;         // (slots, stride); overwritten with the differences
+  const float* weight = nullptr;  // (slots, d)
+  const float* offset = nullptr;  // (d) or absent
+  bool offset_changes = false;    // whether rows are to have it added where no slot changes
+  uint32_t* changed = nullptr;    // scratch (slots / 32 rounded up, stride)
+};
+
 struct DecodeTask {
   const int64_t* begins = nullptr;  // (rows), absolute: the entries of row r are [begins[r], ends[r])
   const int64_t* ends = nullptr;
@@ -264,6 +314,10 @@ struct Kernels {
   void (*encode_topk)(TopKTask&);
   void (*encode_threshold)(ThresholdTask&);
   void (*encode_features)(FeatureListTask&);
+  void (*score_slots)(const SlotScoresTask&);
+  void (*find_outscored)(OutscoredTask&);
+  void (*edit_slots)(const EditTask&);
+  void (*add_changes)(const ChangesTask&);
   void (*decode_rows)(const DecodeTask&);
   void (*dot_rows)(const DotTask&);
   void (*sum_groups)(const GroupedSumTask&);

@@ -113,6 +113,55 @@ void decode_row_strided(Element element, const DecodeTask& task, int64_t row) {
   }
 }
 
+// Decodes as decode_row does, the slots that change being the entries.
+template <class Element>
+void add_changes_of(Element element, const ChangesTask& task) {
+  using Storage = typename Element::Storage;
+  const int64_t d = task.x.cols, words = (task.slots + 31) / 32;
+  for (int64_t row = 0; row < task.x.rows; ++row) {
+    const Storage* x = static_cast<const Storage*>(task.x.data) + row * task.x.row_stride;
+    Storage* out = static_cast<Storage*>(task.out.data) + row * task.out.row_stride;
+    const uint32_t* changed = task.changed + row;
+    bool changes = task.offset_changes;
+    for (int64_t word = 0; word < words; ++word) changes = changes || changed[word * task.stride] != 0;
+    if (!changes) {
+      std::memcpy(out, x, static_cast<std::size_t>(d) * sizeof(Storage));
+      continue;
+    }
+    for_column_blocks(d, [&](int64_t j, auto vectors, int64_t partial) {
+      constexpr int kVectors = decltype(vectors)::value;
+      Vec sums[kVectors], chains[kVectors];
+      for (int v = 0; v < kVectors; ++v) sums[v] = chains[v] = zero();
+      int64_t entries = 0;
+      const auto end_chain = [&] {
+        for (int v = 0; v < kVectors; ++v) {
+          sums[v] = add(sums[v], chains[v]);
+          chains[v] = zero();
+        }
+        entries = 0;
+      };
+      for (int64_t word = 0; word < words; ++word) {
+        for (uint32_t left = changed[word * task.stride]; left != 0; left &= left - 1) {
+          const int64_t slot = word * 32 + __builtin_ctz(left);
+          const Vec change = set1(task.after[slot * task.stride + row]);
+          const float* w = task.weight + slot * d + j;
+          for (int v = 0; v < kVectors; ++v) {
+            chains[v] = fmadd(change, load_some(F32{}, w + v * kLanes, partial), chains[v]);
+          }
+          if (++entries == kChainEntries) end_chain();
+        }
+      }
+      if (entries > 0) end_chain();
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t column = j + v * kLanes;
+        if (task.offset != nullptr) sums[v] = add(sums[v], load_some(F32{}, task.offset + column, partial));
+        sums[v] = add(sums[v], load_some(element, x + column, partial));
+        store_some(element, out + column, partial, sums[v]);
+      }
+    });
+  }
+}
+
 void store_scalar(DType dtype, void* data, int64_t i, float value) {
   with_element(dtype, [&](auto element) {
     static_cast<typename decltype(element)::Storage*>(data)[i] = narrow(element, value);
@@ -139,6 +188,25 @@ void decode_rows(const DecodeTask& task) {
       }
     });
   });
+}
+
+void add_changes(const ChangesTask& task) {
+  const int64_t rows = task.x.rows;
+  for (int64_t word = 0; word * 32 < task.slots; ++word) {
+    uint32_t* changed = task.changed + word * task.stride;
+    for (int64_t row = 0; row < rows; ++row) changed[row] = 0;
+    for (int64_t slot = word * 32; slot < task.slots && slot < word * 32 + 32; ++slot) {
+      const float* before = task.before + slot * task.stride;
+      float* after = task.after + slot * task.stride;
+      const uint32_t bit = uint32_t{1} << (slot & 31);
+      for (int64_t row = 0; row < rows; ++row) {
+        after[row] -= before[row];
+        // "Not ==": a NaN changes the row.
+        changed[row] |= after[row] == 0.0f ? 0u : bit;
+      }
+    }
+  }
+  with_element(task.x.dtype, [&](auto element) { add_changes_of(element, task); });
 }
 
 void dot_rows(const DotTask& task) {

@@ -16,33 +16,30 @@
 namespace saerec {
 namespace {
 
-// As torch.maximum and torch.minimum: a NaN on either side wins.
-float nan_maximum(float a, float b) { return std::isnan(a) || a > b ? a : b; }
-float nan_minimum(float a, float b) { return std::isnan(a) || a < b ? a : b; }
-
-float apply_edit(EditOp op, float activation, float value) {
-  switch (op) {
-    case EditOp::kSet:
-      return value;
-    case EditOp::kAdd:
-      return activation + value;
-    case EditOp::kScale:
-      return activation * value;
-    case EditOp::kClampMin:
-      return nan_maximum(activation, value);
-    case EditOp::kClampMax:
-      return nan_minimum(activation, value);
-  }
-  return activation;
+char* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<char*>(matrix.data) + row * matrix.row_stride * dtype_size(matrix.dtype);
 }
+
+Vector row_vector(const Matrix& matrix, int64_t row) {
+  return {row_of(matrix, row), matrix.dtype, matrix.cols, matrix.col_stride};
+}
+
+void append_widened(std::vector<float>& values, const Vector& vector) {
+  const std::vector<float> more = widened(vector);
+  values.insert(values.end(), more.begin(), more.end());
+}
+
+const float* data_or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
 // A plan in terms of its distinct features ("slots", ascending) and of what it adds whatever the activations are.
 struct CompiledPlan {
   const SteerPlan* plan = nullptr;
-  std::vector<int64_t> features;         // (slots) features whose change depends on their activation
-  std::vector<uint32_t> feature_ids;     // (slots), the same
-  std::vector<int64_t> edit_slots;       // (n_edits), -1 for edits of `added`
-  std::vector<float> slot_threshold;     // (slots), empty for top-k
+  std::vector<int64_t> features;       // (slots) features whose change depends on their activation
+  std::vector<int64_t> edit_slots;     // (n_edits), -1 for edits of `added`
+  std::vector<float> slot_threshold;   // (slots), empty for top-k, as what follows is for plans that reconstruct
+  std::vector<float> slot_bias;        // (slots), or empty for none
+  std::vector<float> slot_weight_enc;  // (slots, d), as the next side by side for the kernels
+  std::vector<float> slot_weight_dec;
   std::array<uint64_t, 16> slot_bits{};  // a bit for every slot, at its feature modulo the number of bits
   std::vector<int64_t> added;            // features that are only added to, and directions (below 0)
   std::vector<int64_t> edit_added;       // (n_edits), place in `added`, -1 for edits of slots
@@ -80,7 +77,6 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
   }
   std::sort(compiled.features.begin(), compiled.features.end());
   compiled.features.erase(std::unique(compiled.features.begin(), compiled.features.end()), compiled.features.end());
-  compiled.feature_ids.assign(compiled.features.begin(), compiled.features.end());
   for (const int64_t feature : compiled.features) compiled.slot_word(feature) |= CompiledPlan::slot_bit(feature);
   for (int64_t i = 0; i < plan.n_edits; ++i) {
     compiled.edit_slots.push_back(plan.features[i] < 0 ? -1 : compiled.slot_of(plan.features[i]));
@@ -92,17 +88,17 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
     const auto place = std::lower_bound(compiled.added.begin(), compiled.added.end(), plan.features[i]);
     compiled.edit_added.push_back(compiled.edit_slots[i] < 0 ? place - compiled.added.begin() : -1);
   }
-  if (params.k == 0) {
+  if (!plan.reconstruct) {
     for (const int64_t feature : compiled.features) {
+      append_widened(compiled.slot_weight_enc, row_vector(params.weight_enc, feature));
+      append_widened(compiled.slot_weight_dec, row_vector(params.weight_dec, feature));
+      if (params.bias.data != nullptr) compiled.slot_bias.push_back(element_at(params.bias, feature));
+      if (params.k > 0) continue;
       compiled.slot_threshold.push_back(element_at(params.thresholds, params.thresholds.size == 1 ? 0 : feature));
     }
   }
   compiled.encodes_all = plan.reconstruct || (params.k > 0 && compiled.slots() > 0);
   return compiled;
-}
-
-char* row_of(const Matrix& matrix, int64_t row) {
-  return static_cast<char*>(matrix.data) + row * matrix.row_stride * dtype_size(matrix.dtype);
 }
 
 // What a plan adds to every steered row of a sequence: the features that are only added to, and its directions.
@@ -149,7 +145,7 @@ class Offset {
   Vector row_to_add(int64_t feature) const {
     const int64_t d = params_.x.cols;
     if (feature < 0) return {plan_.plan->directions + (-1 - feature) * d, DType::kFloat32, d, 1};
-    return {row_of(params_.weight_dec, feature), params_.weight_dec.dtype, d, params_.weight_dec.col_stride};
+    return row_vector(params_.weight_dec, feature);
   }
 
   const SteerParams& params_;
@@ -162,9 +158,11 @@ class Offset {
 
 // What one thread holds while steering a chunk.
 struct SteerScratch {
-  ScratchBuffer x, out;            // (rows, d) gathered, where the rows do not lie side by side
-  std::vector<float> activations;  // (rows, slots) before the edits
-  std::vector<float> edited;       // (slots) of one row
+  ScratchBuffer x, out;               // (rows, d) gathered, where the rows do not lie side by side
+  ScratchBuffer activations, edited;  // (slots, slot_stride(rows))
+  ScratchBuffer x_tile, changed;      // of the kernels
+  ScratchBuffer best, outscored, undecided_x;
+  std::vector<int64_t> undecided;
   std::vector<int64_t> offsets;
   std::vector<int64_t> features;
   std::vector<float> values;
@@ -210,12 +208,15 @@ class ChunkSteerer {
         thresholds_(thresholds),
         first_(first),
         scratch_(thread_steer_scratch()),
-        own_offset_(params, plan_, weights.shift) {
-    if (job.rows.empty()) {
-      x_ = row_range(params.x, first, rows);
-      out_ = row_range(params.out, first, rows);
+        own_offset_(params, plan_, weights.shift),
+        stride_(slot_stride(rows)) {
+    const int64_t begin = job.row(first);
+    if (params.x.col_stride == 1 && job.row(first + rows - 1) == begin + rows - 1) {
+      x_ = row_range(params.x, begin, rows);
+      out_ = row_range(params.out, begin, rows);
       return;
     }
+    gathered_ = true;
     const int64_t d = params.x.cols, bytes = rows * d * dtype_size(params.x.dtype);
     x_ = {scratch_.x.get<char>(bytes), params.x.dtype, rows, d, d, 1};
     out_ = {scratch_.out.get<char>(bytes), params.x.dtype, rows, d, d, 1};
@@ -224,27 +225,25 @@ class ChunkSteerer {
 
   // Returns the largest relative change of a row, 0 where the plan has no limit.
   float run() {
-    scratch_.offsets.assign(1, 0);
-    scratch_.features.clear();
-    scratch_.values.clear();
+    activations_ = scratch_.activations.get<float>(plan_.slots() * stride_);
     if (plan_.plan->reconstruct) {
       encode_all();
     } else {
       encode_edited();
-      emit_changes();
     }
     for (int64_t begin = 0; begin < x_.rows;) {
-      const int64_t end = job_.offset != nullptr ? x_.rows : end_of_sequence(begin);
+      const int64_t end = plan_.plan->values_stride == 0 ? x_.rows : end_of_sequence(begin);
       if (job_.offset == nullptr) own_offset_.move_to(sequence(begin));
       const Offset& offset = job_.offset != nullptr ? *job_.offset : own_offset_;
-      decode(offset, begin, end);
-      for (int64_t r = begin; r < end; ++r) {
-        if (unchanged(offset, r)) copy_row(x_, r, out_, r);
+      if (plan_.plan->reconstruct) {
+        reconstruct(offset, begin, end);
+      } else {
+        change(offset, begin, end);
       }
       begin = end;
     }
     const float largest = std::isinf(plan_.plan->max_relative_norm) ? 0.0f : limit_changes();
-    if (!job_.rows.empty()) {
+    if (gathered_) {
       for (int64_t r = 0; r < x_.rows; ++r) copy_row(out_, r, params_.out, job_.row(first_ + r));
     }
     return largest;
@@ -259,63 +258,89 @@ class ChunkSteerer {
     return row;
   }
 
-  bool unchanged(const Offset& offset, int64_t row) const {
-    return !plan_.plan->reconstruct && !offset.changes() && scratch_.offsets[row] == scratch_.offsets[row + 1];
-  }
-
   void emit(int64_t feature, float value) {
     scratch_.features.push_back(feature);
     scratch_.values.push_back(value);
   }
 
-  void end_row() { scratch_.offsets.push_back(static_cast<int64_t>(scratch_.features.size())); }
-
   // Activations of the edited features only.
   void encode_edited() {
-    const int64_t slots = plan_.slots();
-    scratch_.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
-    if (slots == 0) return;
-    if (params_.k == 0) {
-      encode_feature_list(thread_encoder_scratch(), x_, weights_, plan_.feature_ids.data(), slots,
-                          scratch_.activations.data());
-      const float* thresholds = plan_.slot_threshold.data();
-      float* activation = scratch_.activations.data();
-      for (int64_t r = 0; r < x_.rows; ++r, activation += slots) {
-        // Written always: which features fire is nothing a branch predictor could learn.
-        for (int64_t slot = 0; slot < slots; ++slot) {
-          activation[slot] = activation[slot] <= thresholds[slot] ? 0.0f : activation[slot];
-        }
-      }
-      return;
+    if (plan_.slots() == 0) return;
+    SlotScoresTask task;
+    task.x = x_;
+    task.shift = weights_.shift;
+    task.weight = plan_.slot_weight_enc.data();
+    task.biases = data_or_null(plan_.slot_bias);
+    task.thresholds = data_or_null(plan_.slot_threshold);
+    task.slots = plan_.slots();
+    task.x_rows = scratch_.x_tile.get<float>(kMaxLanes * x_.cols);
+    task.out = activations_;
+    active_kernels().score_slots(task);
+    if (params_.k > 0) select();
+  }
+
+  // From scores to what is left of them by the top-k, which is looked for only in rows that may have selected a slot.
+  void select() {
+    const int64_t rows = x_.rows;
+    float* best = scratch_.best.get<float>(rows);
+    std::copy_n(activations_, rows, best);
+    for (int64_t slot = 1; slot < plan_.slots(); ++slot) {
+      const float* scores = activations_ + slot * stride_;
+      // A NaN stays.
+      for (int64_t r = 0; r < rows; ++r) best[r] = scores[r] <= best[r] || best[r] != best[r] ? best[r] : scores[r];
     }
-    for_each_topk_entry(false, [&](int64_t row, int64_t feature, float value) {
+    bool* outscored = scratch_.outscored.get<bool>(rows);
+    // Scores of 0 and less are 0 after the selection too.
+    for (int64_t r = 0; r < rows; ++r) outscored[r] = best[r] <= 0.0f;
+    // With more slots most rows have one that is selected, and the search would be in vain.
+    if (weights_.packed.codes != nullptr && plan_.slots() * params_.k < params_.weight_enc.rows) {
+      find_outscored_rows(thread_encoder_scratch(), x_, weights_, params_.k, best, outscored);
+    }
+    std::fill_n(activations_, plan_.slots() * stride_, 0.0f);
+    std::vector<int64_t>& undecided = scratch_.undecided;
+    undecided.clear();
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!outscored[r]) undecided.push_back(r);
+    }
+    if (undecided.empty()) return;
+    Matrix x = x_;
+    x.rows = static_cast<int64_t>(undecided.size());
+    if (x.rows < rows) {
+      x.data = scratch_.undecided_x.get<char>(x.rows * x.cols * dtype_size(x.dtype));
+      x.row_stride = x.cols;
+      for (int64_t i = 0; i < x.rows; ++i) copy_row(x_, undecided[static_cast<std::size_t>(i)], x, i);
+    }
+    for_each_topk_entry(x, false, [&](int64_t i, int64_t feature, float value) {
       const int64_t slot = plan_.slot_of_entry(feature);
-      if (slot >= 0) scratch_.activations[row * slots + slot] = value;
+      if (slot >= 0) activations_[slot * stride_ + undecided[static_cast<std::size_t>(i)]] = value;
     });
   }
 
   // a' of every row as sparse entries: the unedited features, then the edited ones.
   void encode_all() {
-    const int64_t slots = plan_.slots();
-    scratch_.activations.assign(static_cast<std::size_t>(x_.rows * slots), 0.0f);
+    scratch_.offsets.assign(1, 0);
+    scratch_.features.clear();
+    scratch_.values.clear();
+    std::fill_n(activations_, plan_.slots() * stride_, 0.0f);
     int64_t current = 0;
     const auto finish_rows_before = [&](int64_t row) {
       for (; current < row; ++current) {
-        emit_edited(current);
-        end_row();
+        // Values follow once they are edited.
+        for (const int64_t feature : plan_.features) emit(feature, 0.0f);
+        scratch_.offsets.push_back(static_cast<int64_t>(scratch_.features.size()));
       }
     };
     const auto take = [&](int64_t row, int64_t feature, float value) {
       finish_rows_before(row);
       const int64_t slot = plan_.slot_of_entry(feature);
       if (slot >= 0) {
-        scratch_.activations[row * slots + slot] = value;
+        activations_[slot * stride_ + row] = value;
       } else {
         emit(feature, value);
       }
     };
     if (params_.k > 0) {
-      for_each_topk_entry(true, take);
+      for_each_topk_entry(x_, true, take);
     } else {
       for_each_threshold_entry(take);
     }
@@ -323,10 +348,10 @@ class ChunkSteerer {
   }
 
   template <class Take>
-  void for_each_topk_entry(bool sorted, const Take& take) {
-    const TopKCandidates candidates = encode_topk_chunk(thread_encoder_scratch(), x_, weights_, 0,
+  void for_each_topk_entry(const Matrix& x, bool sorted, const Take& take) {
+    const TopKCandidates candidates = encode_topk_chunk(thread_encoder_scratch(), x, weights_, 0,
                                                         params_.weight_enc.rows, params_.k, sorted, nullptr, nullptr);
-    for (int64_t r = 0; r < x_.rows; ++r) {
+    for (int64_t r = 0; r < x.rows; ++r) {
       const float* values = candidates.values + r * candidates.capacity;
       const uint32_t* features = candidates.features + r * candidates.capacity;
       for (int64_t i = 0; i < candidates.counts[r]; ++i) take(r, features[i], values[i] < 0.0f ? 0.0f : values[i]);
@@ -345,47 +370,48 @@ class ChunkSteerer {
     }
   }
 
-  // Applies the edits of a row; use(slot, a, a') for every slot.
-  template <class Use>
-  void edit_row(int64_t row, const Use& use) {
+  // Edits rows [begin, end), of one sequence where each has values of its own.
+  void edit(float* activations, int64_t begin, int64_t end) const {
     const SteerPlan& plan = *plan_.plan;
-    const int64_t slots = plan_.slots();
-    const float* before = scratch_.activations.data() + row * slots;
-    const float* values = plan.values + (plan.values_stride == 0 ? 0 : sequence(row) * plan.values_stride);
-    scratch_.edited.assign(before, before + slots);
-    for (int64_t i = 0; i < plan.n_edits; ++i) {
-      if (plan_.edit_slots[i] < 0) continue;
-      float& activation = scratch_.edited[static_cast<std::size_t>(plan_.edit_slots[i])];
-      activation = apply_edit(static_cast<EditOp>(plan.ops[i]), activation, values[i]);
-    }
-    for (int64_t slot = 0; slot < slots; ++slot)
-      use(slot, before[slot], scratch_.edited[static_cast<std::size_t>(slot)]);
+    EditTask task;
+    task.rows = end - begin;
+    task.stride = stride_;
+    task.activations = activations + begin;
+    task.n_edits = plan.n_edits;
+    task.slots = plan_.edit_slots.data();
+    task.ops = plan.ops;
+    task.values = plan.values + (plan.values_stride == 0 ? 0 : sequence(begin) * plan.values_stride);
+    active_kernels().edit_slots(task);
   }
 
-  void emit_changes() {
+  void change(const Offset& offset, int64_t begin, int64_t end) {
     const int64_t slots = plan_.slots();
-    if (slots == 0) {
-      scratch_.offsets.assign(static_cast<std::size_t>(x_.rows + 1), 0);
-      return;
+    float* edited = scratch_.edited.get<float>(slots * stride_);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      std::copy_n(activations_ + slot * stride_ + begin, end - begin, edited + slot * stride_ + begin);
     }
-    scratch_.offsets.resize(static_cast<std::size_t>(x_.rows + 1));
-    scratch_.features.resize(static_cast<std::size_t>(x_.rows * slots));
-    scratch_.values.resize(static_cast<std::size_t>(x_.rows * slots));
-    int64_t count = 0;
-    for (int64_t row = 0; row < x_.rows; ++row) {
-      edit_row(row, [&](int64_t slot, float before, float after) {
-        const float change = after - before;
-        scratch_.features[count] = plan_.features[slot];
-        scratch_.values[count] = change;
-        // "Not ==": a NaN changes the row.
-        count += !(change == 0.0f);
-      });
-      scratch_.offsets[row + 1] = count;
-    }
+    edit(edited, begin, end);
+    ChangesTask task;
+    task.x = row_range(x_, begin, end - begin);
+    task.out = row_range(out_, begin, end - begin);
+    task.slots = slots;
+    task.stride = stride_;
+    task.before = activations_ + begin;
+    task.after = edited + begin;
+    task.weight = plan_.slot_weight_dec.data();
+    task.offset = offset.data();
+    task.offset_changes = offset.changes();
+    task.changed = scratch_.changed.get<uint32_t>((slots + 31) / 32 * stride_);
+    active_kernels().add_changes(task);
   }
 
-  void emit_edited(int64_t row) {
-    edit_row(row, [&](int64_t slot, float, float after) { emit(plan_.features[slot], after); });
+  void reconstruct(const Offset& offset, int64_t begin, int64_t end) {
+    edit(activations_, begin, end);
+    for (int64_t r = begin; r < end; ++r) {
+      float* values = scratch_.values.data() + scratch_.offsets[r + 1] - plan_.slots();
+      for (int64_t slot = 0; slot < plan_.slots(); ++slot) values[slot] = activations_[slot * stride_ + r];
+    }
+    decode(offset, begin, end);
   }
 
   void decode(const Offset& offset, int64_t begin, int64_t end) const {
@@ -396,7 +422,6 @@ class ChunkSteerer {
     task.values = {scratch_.values.data(), DType::kFloat32, static_cast<int64_t>(scratch_.values.size()), 1};
     task.weight = params_.weight_dec;
     task.bias = offset.data();
-    if (!plan_.plan->reconstruct) task.base = row_range(x_, begin, end - begin);
     task.out = row_range(out_, begin, end - begin);
     active_kernels().decode_rows(task);
   }
@@ -435,6 +460,9 @@ class ChunkSteerer {
   int64_t first_;
   SteerScratch& scratch_;
   Offset own_offset_;
+  int64_t stride_;
+  float* activations_ = nullptr;  // (slots, stride_)
+  bool gathered_ = false;
   Matrix x_;
   Matrix out_;
 };
@@ -445,7 +473,9 @@ std::vector<Job> jobs_of(const SteerParams& params, const std::vector<CompiledPl
   std::vector<Job> jobs(plans.size());
   for (std::size_t p = 0; p < plans.size(); ++p) jobs[p].plan = &plans[p];
   const int64_t rows = params.x.rows, length = params.length;
-  if (params.sequence_plans == nullptr && params.valid == nullptr && params.plans[0].positions == Positions::kAll) {
+  const bool* valid = params.valid;
+  if (valid != nullptr && std::find(valid, valid + rows, false) == valid + rows) valid = nullptr;
+  if (params.sequence_plans == nullptr && valid == nullptr && params.plans[0].positions == Positions::kAll) {
     jobs[0].count = rows;
     return jobs;
   }
@@ -460,16 +490,33 @@ std::vector<Job> jobs_of(const SteerParams& params, const std::vector<CompiledPl
     const bool last = params.plans[plan].positions == Positions::kLast;
     int64_t end = begin + length;
     if (last) {
-      while (end > begin && params.valid != nullptr && !params.valid[end - 1]) --end;
+      while (end > begin && valid != nullptr && !valid[end - 1]) --end;
       if (end > begin) take(plan, end - 1);
       continue;
     }
     for (int64_t row = begin; row < end; ++row) {
-      if (params.valid == nullptr || params.valid[row]) take(plan, row);
+      if (valid == nullptr || valid[row]) take(plan, row);
     }
   }
   for (Job& job : jobs) job.count = static_cast<int64_t>(job.rows.size());
   return jobs;
+}
+
+// Runs of them at once where they lie side by side.
+void copy_rows_without_plan(const SteerParams& params, const std::vector<int32_t>& plan_of_row) {
+  const int64_t rows = static_cast<int64_t>(plan_of_row.size()), d = params.x.cols;
+  const bool side_by_side = params.x.col_stride == 1 && params.x.row_stride == d;
+  for (int64_t row = 0; row < rows;) {
+    int64_t end = row;
+    while (end < rows && plan_of_row[static_cast<std::size_t>(end)] < 0) ++end;
+    if (side_by_side && end > row) {
+      std::memcpy(row_of(params.out, row), row_of(params.x, row),
+                  static_cast<std::size_t>((end - row) * d * dtype_size(params.x.dtype)));
+    } else {
+      for (int64_t r = row; r < end; ++r) copy_row(params.x, r, params.out, r);
+    }
+    row = end + 1;
+  }
 }
 
 struct Chunk {
@@ -526,9 +573,7 @@ float steer(const SteerParams& params) {
     largest[static_cast<std::size_t>(i)] =
         ChunkSteerer(params, *chunk.job, weights, thresholds.data(), chunk.first, chunk.rows).run();
   });
-  for (std::size_t row = 0; row < plan_of_row.size(); ++row) {
-    if (plan_of_row[row] < 0) copy_row(params.x, static_cast<int64_t>(row), params.out, static_cast<int64_t>(row));
-  }
+  copy_rows_without_plan(params, plan_of_row);
   return largest.empty() ? 0.0f : *std::max_element(largest.begin(), largest.end());
 }
 

@@ -299,7 +299,7 @@ class SteeringPlan:
             return PlanCost("encode", n * d, added * d, positions, reason)
         if needed and selects:
             ops = ", ".join(sorted({e.op for _, e in self.feature_edits} - {"add"}))
-            reason = f"whether a feature is among the top k shows only beside all {n} ({ops} needs its activation)"
+            reason = f"whether a feature is among the top k shows only beside the others ({ops} needs its activation)"
             return PlanCost("encode", n * d + len(needed) * d, added * d, positions, reason)
         if needed:
             reason = f"features are independent: one dot product for each of the {len(needed)} edited ones"
@@ -333,7 +333,7 @@ class PlanCost:
 
     Attributes:
         work: ``copy`` (nothing), ``add`` (a vector to every row), ``features`` (a dot product per edited feature and
-            row), or ``encode`` (the whole encoder for every row).
+            row), or ``encode`` (the whole encoder, where no cheaper bound tells that an edited feature is off).
         row_operations: multiply-adds for each steered row, at most; screening does most of an encoder's in int8.
         sequence_operations: multiply-adds once for each sequence, or once in all where sequences share strengths.
         positions: ``all``, ``last`` or ``masked``: rows at other positions cost a copy.

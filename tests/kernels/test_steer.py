@@ -217,6 +217,58 @@ def test_masks_and_strengths_of_every_chunk(mode: str, kind: str) -> None:
     check_exact(inputs, activation_of(kind, case), plan, strengths=strengths)
 
 
+def hard_to_select(kind: str, n: int, dtype: torch.dtype) -> Inputs:
+    """Rows of which a screen in bytes can tell little or much, and some that it cannot take."""
+    inputs = make_inputs(Case(33, n, 1, 40, dtype))
+    if kind == "near_duplicates":
+        inputs.W_enc.copy_(inputs.W_enc[: n // 4 + 1].repeat(4, 1)[:n] * (1 + torch.arange(n) % 7 * 1e-4).unsqueeze(1))
+        inputs.b_enc.zero_()
+    elif kind == "far_apart":
+        # Every score is a tenth above the next.
+        scale = 1.1 ** -torch.randperm(n, generator=torch.Generator().manual_seed(0)).float().clamp_max(200)
+        inputs.W_enc.copy_(inputs.x[8].float() * scale.unsqueeze(1))
+        inputs.b_enc.zero_()
+        inputs.x[9:].copy_(inputs.x[8].float() * torch.linspace(0.5, 2.0, 31).unsqueeze(1))
+    elif kind == "large_biases":
+        inputs.b_enc.copy_(1000 + inputs.b_enc.float())
+    inputs.x[0], inputs.x[1, 3], inputs.x[2, 5], inputs.x[3, 7], inputs.x[4] = NAN, NAN, INF, -INF, 0.0
+    inputs.x[5:7] *= 1e3
+    inputs.x[7] *= 1e-3
+    if dtype != torch.float16:
+        inputs.x[6] *= 1e15
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "near_duplicates", "far_apart", "large_biases"])
+@pytest.mark.parametrize(("n", "k"), [(256, 32), (519, 8), (1030, 1), (1030, 40)])
+def test_edited_features_are_selected_as_by_the_whole_top_k(n: int, k: int, kind: str, dtype: torch.dtype) -> None:
+    # Forty rows are screened, one alone is not: there every score is computed.
+    inputs = hard_to_select(kind, n, dtype)
+    ranked = reference.pre_activations(*inputs.to(torch.float64)[:4]).argsort(1, descending=True)
+    for decided_by in (8, 20):
+        for best in (max(k - 2, 0), k - 1, k, 3 * k):
+            chosen = ranked[decided_by, best : best + 4].tolist()
+            edits = [
+                fast.Edit(f, op, 1.5) for f, op in zip(chosen, ("set", "scale", "clamp_max", "scale"), strict=True)
+            ]
+            plan = fast.SteeringPlan(edits)
+            whole = fast.steer(*inputs, fast.TopK(k), plan, backend="cpu")
+            for row in (*range(8), decided_by, 39):
+                alone = inputs._replace(x=inputs.x[row : row + 1])
+                assert_same_bits(fast.steer(*alone, fast.TopK(k), plan, backend="cpu")[0], whole[row])
+
+
+@pytest.mark.parametrize("n_edits", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_any_number_of_edits(kind: str, n_edits: int) -> None:
+    case = Case(37, 80, 7, 21)
+    activation = activation_of(kind, case)
+    edits = [fast.Edit(f, OPS[f % len(OPS)], 2.0) for f in range(n_edits)]
+    for dtype in DTYPES:
+        check_exact(integer_inputs(Case(37, 80, 7, 21, dtype)), activation, fast.SteeringPlan(edits))
+
+
 def test_strengths_per_row() -> None:
     case = Case(8, 50, 9, 24)
     inputs = integer_inputs(case)

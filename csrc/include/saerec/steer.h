@@ -4,8 +4,9 @@
 // reconstruct: out = sum_f a'_f weight_dec[f] + shift + sum_i v_i direction[i]
 // with a = act(<x - shift, weight_enc> + bias). Rows outside a plan's positions, rows of sequences without a plan, and
 // in delta mode rows whose edits change nothing, are copied bit for bit. Delta mode does the least exact work: no
-// encoding when every edit adds (the change is then one vector a sequence), one dot product per edited feature for
-// threshold activations, the whole encoder only for top-k.
+// encoding when every edit adds (the change is then one vector a sequence), one dot product per edited feature
+// otherwise, and for top-k the whole encoder only on rows where a screen cannot tell that k other features score
+// higher.
 #pragma once
 
 #include <limits>

@@ -11,6 +11,8 @@
 Accumulator: float32. Order: ascending feature, which has no ties. NaN is active.
 
 Tiles: those of scores.py. Few rows are spread over parts of the dictionary, many are not.
+
+Configurations: how many tiles of weights are loaded ahead, as of ``emit_kernel`` (linear_topk.py).
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saerec_fast.kernels.triton.floats import to_dtype_of
-from saerec_fast.kernels.triton.launch import launch
-from saerec_fast.kernels.triton.linear_topk import PROGRAMS, schedule
+from saerec_fast.kernels.triton.linear_topk import PROGRAMS, emit_configurations
 from saerec_fast.kernels.triton.scores import BLOCK_FEATURES, BLOCK_ROWS, load_states, prepare, score_tile
+from saerec_fast.kernels.triton.tuning import launch_tuned
 
 
 @triton.jit
@@ -187,9 +189,11 @@ def encode_threshold(
     words = torch.empty((n_rows, tiles * (BLOCK_FEATURES // 32)), dtype=torch.int32, device=device)
     counts = torch.empty((n_rows, parts), dtype=torch.int32, device=device)
     grid = (blocks, parts)
-    launch(
+    launch_tuned(
         mark_kernel,
-        grid,
+        emit_configurations(x.dtype),
+        lambda _: grid,
+        (n_rows, n),
         *states,
         threshold,
         words,
@@ -199,7 +203,6 @@ def encode_threshold(
         per_part,
         SCALAR=threshold.shape[0] == 1,
         **encoder.constants,
-        **schedule(x.dtype),
     )
     ends = counts.view(-1).cumsum(0, dtype=torch.int64)
     starts = torch.zeros((n_rows * parts + 1,), dtype=torch.int64, device=device)
@@ -212,9 +215,11 @@ def encode_threshold(
         places = capacity
         indices = torch.full((places,), -1, dtype=torch.int32, device=device)
         values = torch.zeros((places,), dtype=value_dtype or x.dtype, device=device)
-    launch(
+    launch_tuned(
         fill_kernel,
-        grid,
+        emit_configurations(x.dtype),
+        lambda _: grid,
+        (n_rows, n),
         *states,
         words,
         starts,
@@ -225,6 +230,5 @@ def encode_threshold(
         per_part,
         places,
         **encoder.constants,
-        **schedule(x.dtype),
     )
     return starts[::parts].contiguous(), indices, values

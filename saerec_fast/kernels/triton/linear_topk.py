@@ -633,7 +633,7 @@ def maxima_configurations(dtype: torch.dtype) -> list[triton.Config]:
 
 
 def emit_configurations(dtype: torch.dtype) -> list[triton.Config]:
-    """Of step 3. In float32 a second stage spills."""
+    """Of step 3, and of the passes of ``encode_threshold``. In float32 a second stage spills."""
     options = schedule(dtype)
     stages = [1] if dtype == torch.float32 else [3, 2, 4]
     return [triton.Config({}, num_warps=options["num_warps"], num_stages=count) for count in stages]

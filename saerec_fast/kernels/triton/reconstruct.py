@@ -5,9 +5,8 @@ launch less, and what it decodes from is still in its cache. It reads the k valu
 since a sorted register tile cannot be indexed. Activations are not rounded on the way. Wider states get a decode launch
 of their own, with programs for blocks of columns.
 
-Threshold activations: the composition of ``encode_threshold`` and ``decode_sparse``, which waits for the number of
-entries once. A single pass that multiplies the activations with W_dec on tensor cores would round them to 16 bits
-first.
+Threshold activations: up to the same width, reconstruct_threshold.py. Wider states would have their scores computed
+more than twice there; they get ``encode_threshold`` and ``decode_sparse``, which wait for the number of entries once.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 from saerec_fast.kernels.triton.decode_sparse import decode_sparse, unit_columns
 from saerec_fast.kernels.triton.encode_threshold import encode_threshold
 from saerec_fast.kernels.triton.linear_topk import top_k
+from saerec_fast.kernels.triton.reconstruct_threshold import reconstruct_threshold
 from saerec_fast.kernels.triton.scores import prepare
 
 MAX_FUSED_WIDTH = 512
@@ -34,11 +34,13 @@ def reconstruct(
     packed: Tensor | None = None,
 ) -> Tensor:
     """Reconstructed hidden states ``(R, d)``: top-k where k > 0, thresholds otherwise."""
+    fused = x.shape[1] <= MAX_FUSED_WIDTH
     if k == 0:
         assert threshold is not None
+        if fused:
+            return reconstruct_threshold(x, W_enc, b_enc, b_dec, W_dec, threshold)
         entries = encode_threshold(x, W_enc, b_enc, b_dec, threshold, value_dtype=torch.float32)
         return decode_sparse(*entries, W_dec, b_dec)
-    fused = x.shape[1] <= MAX_FUSED_WIDTH
     bias = None if b_dec is None else b_dec.contiguous()
     values, indices, out = top_k(
         x,

@@ -13,13 +13,14 @@ The least exact work that the plan allows:
    ``(R, slots)``. A feature that is only added to changes by the sum of its values, also where its activation is not
    finite.
 3. ``apply_kernel`` or ``rebuild_kernel``: one program per row and block of columns. Rows outside the mask, rows without
-   a change and elements whose change sums to 0 are copied: the same bits.
+   a change and elements whose change sums to 0 are copied: the same bits. Mode ``reconstruct`` of a threshold SAE of up
+   to 512 columns makes no list of entries to rebuild from: reconstruct_threshold.py.
 
 Accumulator: float32, rounded once; entries and slots 16 at a time in their order (decode_sparse.py). Ties: as in the
 encoders.
 
 What depends on the plan alone lies on the device and is kept: calls with the same plan copy nothing from the host, and
-those of top-k SAEs, or in delta mode, can be captured in a CUDA graph after a first call.
+can be captured in a CUDA graph after a first call, unless that list is made (threshold SAEs of more than 512 columns).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from saerec_fast.kernels.triton.encode_threshold import encode_threshold
 from saerec_fast.kernels.triton.encode_topk import encode_topk
 from saerec_fast.kernels.triton.floats import to_dtype_of, to_float32
 from saerec_fast.kernels.triton.launch import launch
+from saerec_fast.kernels.triton.reconstruct import MAX_FUSED_WIDTH
+from saerec_fast.kernels.triton.reconstruct_threshold import reconstruct_threshold
 
 ADD = 1  # its code in saerec_fast.ops.EDIT_CODES
 
@@ -249,7 +252,7 @@ def steer(
         offsets = torch.arange(n_rows + 1, device=x.device) * k
         sparse, activations = (offsets, indices.view(-1), entries.view(-1)), entries
     elif threshold is not None:
-        if reconstruct:
+        if reconstruct and d > MAX_FUSED_WIDTH:
             sparse = encode_threshold(x, W_enc, b_enc, b_dec, threshold, value_dtype=torch.float32)
         if plan.n_encoded:
             edited = plan.slots[: plan.n_encoded]
@@ -275,6 +278,10 @@ def steer(
         BLOCK=EDIT_BLOCK,
         num_warps=4,
     )
+    if reconstruct and sparse is None:
+        assert threshold is not None
+        edits = plan.slots, changes, plan.slot_of
+        return reconstruct_threshold(x, W_enc, b_enc, b_dec, W_dec, threshold, edits=edits, mask=mask)
     block = block_of(d)
     grid = (n_rows, triton.cdiv(d, block["BLOCK_D"]))
     mask_bytes = changes if mask is None else mask.contiguous().view(torch.uint8)

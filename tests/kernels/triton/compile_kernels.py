@@ -34,6 +34,7 @@ KERNEL_FILES = (
     "encode_features",
     "decode_sparse",
     "reconstruct",
+    "reconstruct_threshold",
     "sparse_dot",
     "sparse_weight_gradient",
     "steer",
@@ -69,12 +70,13 @@ def operate(dtype: torch.dtype, d: int, n: int, k: int, rows: int) -> None:
     ops["encode_features"](x, W_enc, b_enc, b_dec, threshold, torch.zeros(3, dtype=torch.int64))
     ops["decode_sparse"](offsets, indices, values, W_dec, b_dec)
     ops["reconstruct"](x, W_enc, b_enc, b_dec, W_dec, None, k)
+    ops["reconstruct"](x, W_enc, b_enc, b_dec, W_dec, threshold, 0)
     ops["sparse_dot"](offsets, indices, x, W_dec)
     ops["sparse_weight_gradient"](offsets, indices, values, x, b_dec, n)
     plan = [3, 5, 7, 3], [0, 1, 4, 2], torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
     for rebuilds in (False, True):
         ops["steer"](x, W_enc, b_enc, b_dec, W_dec, None, k, rebuilds, *plan)
-    ops["steer"](x, W_enc, b_enc, b_dec, W_dec, threshold, 0, False, *plan)
+        ops["steer"](x, W_enc, b_enc, b_dec, W_dec, threshold, 0, rebuilds, *plan)
 
 
 def recorded(shapes: list[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
@@ -168,6 +170,15 @@ TOP_K_SHAPES = [
     (torch.float32, 512, 32768, 64, 1024),
     (torch.bfloat16, 64, 4096, 512, 64),
 ]
+# Every tile of threshold reconstruction, and batches that go through a large dictionary in one program and in several.
+THRESHOLD_SHAPES = [
+    (torch.float16, 15, 2048, 1, 64),
+    (torch.bfloat16, 128, 4096, 1, 8192),
+    (torch.bfloat16, 256, 8192, 1, 64),
+    (torch.bfloat16, 512, 32768, 1, 4096),
+    (torch.float32, 128, 4096, 1, 64),
+    (torch.float32, 512, 32768, 1, 4096),
+]
 
 
 def main() -> None:
@@ -175,10 +186,21 @@ def main() -> None:
         module = importlib.import_module("saerec_fast.kernels.triton.linear_topk")
         module.linear_topk(torch.zeros(rows, d, dtype=dtype), torch.zeros(n, d, dtype=dtype), None, k, None, None)
 
+    def threshold_alone(dtype: torch.dtype, d: int, n: int, _: int, rows: int) -> None:
+        x, W_enc, W_dec = (torch.zeros(size, d, dtype=dtype) for size in (rows, n, n))
+        b_enc, b_dec, threshold = torch.zeros(n, dtype=dtype), torch.zeros(d, dtype=dtype), torch.zeros(n)
+        edits = torch.zeros(3, dtype=torch.int64), torch.zeros(rows, 3), torch.zeros(n, dtype=torch.int8)
+        module = importlib.import_module("saerec_fast.kernels.triton.reconstruct_threshold")
+        module.reconstruct_threshold(x, W_enc, b_enc, b_dec, W_dec, threshold, edits=edits)
+        module = importlib.import_module("saerec_fast.kernels.triton.encode_threshold")
+        module.encode_threshold(x, W_enc, b_enc, b_dec, threshold, capacity=rows)
+
     global operate
     jobs = recorded(SHAPES)
     operate = top_k_alone
     jobs |= recorded(TOP_K_SHAPES)
+    operate = threshold_alone
+    jobs |= recorded(THRESHOLD_SHAPES)
     for job in jobs.values():
         print(json.dumps(compiled(job, int(sys.argv[1]))), flush=True)
 

@@ -18,7 +18,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has whee
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma"}
-SCORING = {"group_maxima_kernel", "emit_kernel", "repair_kernel", "mark_kernel", "fill_kernel", "features_kernel"}
+SCORING = {
+    "group_maxima_kernel",
+    "emit_kernel",
+    "repair_kernel",
+    "mark_kernel",
+    "fill_kernel",
+    "features_kernel",
+    "sum_kernel",
+}
 OTHERS = {
     "bound_kernel",
     "select_kernel",
@@ -30,8 +38,17 @@ OTHERS = {
     "edit_kernel",
     "apply_kernel",
     "rebuild_kernel",
+    "finish_kernel",
 }
-TUNED = {"group_maxima_kernel", "emit_kernel", "decode_kernel", "gradient_kernel"}
+TUNED = {
+    "group_maxima_kernel",
+    "emit_kernel",
+    "mark_kernel",
+    "fill_kernel",
+    "sum_kernel",
+    "decode_kernel",
+    "gradient_kernel",
+}
 # Whatever its scores round to, the candidates are all that reach the bound.
 CHOOSES_TILES = {"group_maxima_kernel"}
 
@@ -61,6 +78,9 @@ def test_kernels_compile(
         if kernel["kernel"] in SCORING:
             tensor_cores = kernel["states"] in ("*bf16", "*fp16")
             assert (TENSOR_CORES[capability] in kernel["instructions"]) == tensor_cores, kernel
+            products = [one for one in kernel["sums"] if "dot" in one]
+            assert products, kernel
+            assert all(("nvidia_mma" in one) == tensor_cores for one in products), kernel
     configurations = defaultdict(list)
     for kernel in kernels:
         if kernel["case"]:

@@ -13,7 +13,14 @@ from helpers import assert_same_bits
 
 import saerec_fast as fast
 from saerec_fast import ops
-from saerec_fast.kernels.triton import decode_sparse, linear_topk, sparse_weight_gradient, tuning
+from saerec_fast.kernels.triton import (
+    decode_sparse,
+    encode_threshold,
+    linear_topk,
+    reconstruct_threshold,
+    sparse_weight_gradient,
+    tuning,
+)
 
 SERVING_ROWS = 4  # for these tests: the interpreter takes seconds for a hundred rows
 CASE = Case(7, 80, 3, 6)
@@ -65,6 +72,25 @@ def test_configurations_of_the_score_passes(name: str, dtype: torch.dtype, monke
         result = fast.linear_topk(x, weight, bias, k=9, exclude=exclude, backend="triton")
         assert_same_bits(result.values, expected.values)
         assert_same_bits(result.indices, expected.indices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_configurations_of_the_threshold_passes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, threshold = make_inputs(Case(19, 70, 1, 5, dtype)), torch.tensor([0.5])
+
+    def results() -> tuple[torch.Tensor, ...]:
+        entries = encode_threshold.encode_threshold(*inputs[:4], threshold)
+        return *entries, reconstruct_threshold.reconstruct_threshold(*inputs, threshold)
+
+    expected = results()
+    for module, name, configurations in (
+        (encode_threshold, "emit_configurations", linear_topk.emit_configurations(dtype)),
+        (reconstruct_threshold, "configurations", reconstruct_threshold.configurations(19, dtype)),
+    ):
+        for chosen in configurations[1:]:
+            monkeypatch.setattr(module, name, lambda *_, chosen=chosen: [chosen])
+            for out, truth in zip(results(), expected, strict=True):
+                assert_same_bits(out, truth)
 
 
 def test_wider_groups_are_all_filled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +189,24 @@ def test_trials_leave_the_list_of_candidates_as_one_run_does(timed: list[int], m
     assert {kind.kernel for kind in tuning.chosen()} == {"group_maxima_kernel", "emit_kernel"}
     assert counts[0].min() >= 3
     assert_same_bits(counts[1], counts[0])
+
+
+def test_trials_leave_threshold_passes_as_one_run_does(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums, counts and bits are written anew by each trial; in one program for several parts too."""
+    monkeypatch.setattr(reconstruct_threshold, "PART", 64)
+    monkeypatch.setattr(reconstruct_threshold, "BUSY_PROGRAMS", 0)
+    inputs, activation = make_inputs(Case(7, 140, 3, 6, torch.bfloat16)), fast.JumpReLU(0.5)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        entries = fast.encode_threshold(*inputs[:4], 0.5, backend="triton")
+        return *entries[:3], fast.reconstruct(*inputs, activation, backend="triton")
+
+    expected = results()
+    with tuning.autotuning():
+        tuned = results()
+    assert {kind.kernel for kind in tuning.chosen()} == {"mark_kernel", "fill_kernel", "sum_kernel"}
+    for out, truth in zip(tuned, expected, strict=True):
+        assert_same_bits(out, truth)
 
 
 def test_backward_passes_are_tuned_too(timed: list[int]) -> None:
