@@ -19,19 +19,15 @@ class _Call:
     Attributes:
         items: what it asks for.
         results: of these, by place.
-        missing: places that have no result yet.
-        thread: its identity.
+        missing: places that have no result yet; none once its thread has left.
         alone: whether its items are in no pass with others', since such a pass failed.
-        left: whether its thread is gone.
     """
 
     def __init__(self, items: list[Any]) -> None:
         self.items = items
         self.results: dict[int, Any] = {}
         self.missing = set(range(len(items)))
-        self.thread = threading.get_ident()
         self.alone = False
-        self.left = False
         # Acquired by its own thread to sleep, and released by others to wake it.
         self._bed = threading.Lock()
         self._bed.acquire()
@@ -91,9 +87,10 @@ class Combiner(Generic[Kind, Item, Result]):
         self._run = run
         self._largest = largest
         self._at_once = at_once
+        # By thread, each of which changes its own entry.
+        self._calls: dict[int, _Call] = {}
         # For what follows, which is replaced rather than changed: an interrupt and a fork find the one or the other.
-        # Reentrant, since a signal's handler or a finalizer, which may call, can run while its thread holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._queue: list[_Part] = []
         # By the call whose thread runs it.
         self._passes: dict[_Call, _Pass] = {}
@@ -103,17 +100,19 @@ class Combiner(Generic[Kind, Item, Result]):
         """The results of ``(kind, item)`` pairs, in order.
 
         Raises:
-            RuntimeError: called from within a pass, in its thread.
+            RuntimeError: called from within a call of the same thread (by ``run``, a signal's handler or a finalizer).
             Exception: what ``run`` raises for items of this call alone.
         """
+        thread = threading.get_ident()
+        if thread in self._calls:
+            raise RuntimeError("expected no call from within another of the same thread, which would wait for itself")
         call = _Call([item for _, item in items])
         places: dict[Kind, list[int]] = {}
         for place, (kind, _) in enumerate(items):
             places.setdefault(kind, []).append(place)
         try:
+            self._calls[thread] = call
             with self._lock:
-                if any(leader.thread == call.thread for leader in self._passes):
-                    raise RuntimeError("called from within a pass, which would wait for itself")
                 self._queue = [*self._queue, *(_Part(call, kind, of_kind) for kind, of_kind in places.items())]
             while call.missing:
                 if not self._run_pass(call):
@@ -186,18 +185,20 @@ class Combiner(Generic[Kind, Item, Result]):
             for call, _ in current.batch:
                 if not call.missing:
                     call.wake()
-            again = [(call, place) for call, place in current.batch if place in call.missing and not call.left]
+            again = [(call, place) for call, place in current.batch if place in call.missing]
             self._queue = [*(_Part(call, current.kind, (place,)) for call, place in again), *self._queue]
             # Last: interrupted before, all of this is done again.
             self._passes = {call: of_call for call, of_call in self._passes.items() if call is not leader}
 
     def _leave(self, call: _Call) -> None:
-        """Whatever the state of a call, end it so that the others go on; again, if need be."""
+        """Whatever the state of this thread's call, end it so that the others go on; again, if need be."""
+        call.missing = set()
+        self._end_pass(call, ())
         with self._lock:
-            call.left = True
-            self._end_pass(call, ())
             self._queue = [part for part in self._queue if part.call is not call]
             self._wake_next()
+        # Last: until then, whatever interrupts this cannot call, which would wait for the lock for ever.
+        self._calls.pop(threading.get_ident(), None)
 
     def _wake_next(self) -> None:
         """Where a pass could run, wake a thread for it; all others may sleep."""
@@ -209,9 +210,11 @@ class Combiner(Generic[Kind, Item, Result]):
     def _keep_own(self) -> None:
         """In a forked child, in which the thread that forked is the only one."""
         thread = threading.get_ident()
-        self._lock = threading.RLock()
-        self._queue = [part for part in self._queue if part.call.thread == thread]
-        self._passes = {call: current for call, current in self._passes.items() if call.thread == thread}
+        own = self._calls.get(thread)
+        self._calls = {} if own is None else {thread: own}
+        self._lock = threading.Lock()
+        self._queue = [part for part in self._queue if part.call is own]
+        self._passes = {call: current for call, current in self._passes.items() if call is own}
 
 
 _combiners: weakref.WeakSet[Combiner[Any, Any, Any]] = weakref.WeakSet()

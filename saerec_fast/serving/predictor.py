@@ -36,7 +36,7 @@ _SHORTEST = 8
 # Rows that are compared to see whether a row's bits depend on how many others pass with it; see _sizes_of.
 _COMPARED = 8
 # Seconds of a pass of one row, above which several passes run at once; the least of so many passes counts. In shorter
-# ones threads would wait for each other's Python for longer than they compute.
+# ones threads wait for each other's Python for longer than they compute. Where it is close, it does not matter.
 _LONG_PASS = 3e-3
 _TIMED = 3
 
@@ -102,10 +102,13 @@ class Predictor:
     did, rows run one by one. ``max_batch_size=1`` is the same by construction. The answers of other machines may
     differ by rounding.
 
-    **Threads and processes.** Any number of threads may call one instance. It pickles (model, autoencoder and settings,
-    without hooks, locks and packed weights) and works in a forked child. Since each call runs on its thread alone, more
-    throughput comes from more threads or processes; ``torch.set_num_threads(1)`` at the start of the process spares
-    each call the switch.
+    **Threads and processes.** Any number of threads may call one instance. Calls that come while a pass is under way
+    wait, and share the next ones, which one of their threads runs: a pass of several rows takes less time a row, and
+    several passes at once slow each other down where Python takes most of the time (``max_passes``). Rows are taken in
+    turn from all calls that wait, so that a small one does not wait for a large one. A thread that is interrupted, or
+    whose rows make the model fail, leaves the others their answers. It pickles (model, autoencoder and settings,
+    without hooks, locks and packed weights) and works in a forked child. More throughput comes from more processes;
+    ``torch.set_num_threads(1)`` at the start of the process spares each pass the switch.
 
     The model and the autoencoder are used as they are, not copied, and put into eval mode. Hooks are added once;
     outside of calls they change no bit of what the model returns, and :meth:`close` (or ``with``) takes them off.
@@ -136,8 +139,9 @@ class Predictor:
         k: items per list, where a request does not say.
         max_batch_size: rows of one pass at most. On a CPU small passes, which stay in the caches, take the least time a
             row; on a GPU several hundred do.
-        max_passes: passes under way at most, in the threads of as many callers. By default 1, where a pass of one row
-            takes less than 3 ms or runs on a GPU, and otherwise the number of processor cores.
+        max_passes: passes under way at most, in the threads of as many callers. By default 1 where a pass of one row
+            takes less than 3 ms of processor time (the least of three, when the predictor is made or loaded) or runs on
+            a GPU, and otherwise the number of processor cores; :attr:`max_passes` says which. It changes no answer.
         max_history: longer histories are an error of their row.
         max_edits: likewise for plans with more edits.
         feature_names: names of all features, or of some by id; the others are called ``#id``. Without it answers have
@@ -246,9 +250,8 @@ class Predictor:
                 self._device, lambda: {length: self._sizes_of(length) for length in self._lengths()}
             )
             largest = {length: sizes[-1] for length, sizes in self._pass_sizes.items()}
-            if max_passes is None:
-                max_passes = _in_one_setting(self._device, self._passes_that_pay)
-            self._combiner: Combiner[int, Request, _Answer] = Combiner(self._answer, largest, max_passes)
+            self._max_passes = self._settings["max_passes"] or _in_one_setting(self._device, self._passes_that_pay)
+            self._combiner: Combiner[int, Request, _Answer] = Combiner(self._answer, largest, self._max_passes)
         except BaseException:
             self.close()
             raise
@@ -257,6 +260,11 @@ class Predictor:
     def site(self) -> str:
         """Dotted path of the steered module."""
         return self._site
+
+    @property
+    def max_passes(self) -> int:
+        """How many passes may be under way at once."""
+        return self._max_passes
 
     @property
     def pass_sizes(self) -> dict[int, tuple[int, ...]]:
@@ -287,7 +295,7 @@ class Predictor:
         Raises:
             TypeError: not a table, or a column that is no sequence.
             ValueError: no ``history``, an unknown or repeated column, or columns of different length.
-            RuntimeError: closed.
+            RuntimeError: closed, also meanwhile; or called from within a call of the same thread, by the model say.
         """
         self._check_open()
         table = read_table(columns)
@@ -428,25 +436,29 @@ class Predictor:
         if self._device.type != "cpu":
             return 1
         request = Request(np.zeros(self._max_length, np.int64), None, 1)
-        seconds = []
-        for _ in range(_TIMED):
-            started = time.perf_counter()
+
+        def seconds() -> float:
+            # Of this thread's own work: passes run on one thread, and a busy machine shall not make them look long.
+            started = time.thread_time()
             self._forward([request], self._max_length, 1)
-            seconds.append(time.perf_counter() - started)
-        return _n_cores() if min(seconds) > _LONG_PASS else 1
+            return time.thread_time() - started
+
+        return _n_cores() if min(seconds() for _ in range(_TIMED)) > _LONG_PASS else 1
 
     def _answer(self, length: int, requests: list[Request]) -> list[_Answer]:
         """The answers of one pass, or where a plan is refused in it, of as many as find out whose."""
         try:
             answers = _in_one_setting(self._device, self._answer_together, length, requests)
-        # A warning is an exception only where the filters say so.
-        except (ValueError, UserWarning) as error:
+        except Exception as error:
             self._check_open()
+            # A warning is an exception only where the filters say so.
+            if not isinstance(error, (ValueError, UserWarning)):
+                raise
             if len(requests) == 1:
                 return [_Answer(error=str(error))]
             half = len(requests) // 2
             return self._answer(length, requests[:half]) + self._answer(length, requests[half:])
-        # Without hooks nothing was steered.
+        # Another thread may have closed it meanwhile; without its hooks a pass fails in many ways, or ends unsteered.
         self._check_open()
         return answers
 

@@ -93,7 +93,7 @@ def held_up(
 
 
 def is_idle(combiner: Combiner[Any, Any, Any]) -> bool:
-    return not combiner._queue and not combiner._passes
+    return not combiner._queue and not combiner._passes and not combiner._calls
 
 
 def test_one_thread_is_answered_at_once_in_its_own_thread() -> None:
@@ -149,6 +149,24 @@ def test_no_more_passes_at_once_than_allowed(at_once: int) -> None:
     function.gate.set()
     assert [caller.result() for caller in callers] == [[2 * n, 200 + 2 * n] for n in range(6)]
     assert function.most_under_way == at_once
+    assert is_idle(combiner)
+
+
+def test_a_pass_that_may_run_waits_for_no_other() -> None:
+    together = threading.Barrier(2)
+
+    def fail(items: list[int]) -> None:
+        if len(items) > 1:
+            for caller in callers[:2]:  # who would wake others when they leave
+                caller.join(PATIENCE)
+            raise RuntimeError("in company")
+        if items[0] > 1:
+            together.wait(PATIENCE)
+
+    function = Function(fail)
+    combiner, callers = held_up(function, [[("a", 1)], [("a", 2)], [("a", 3)]], at_once=2)
+    function.gate.set()
+    assert [caller.result() for caller in callers] == [[0], [2], [4], [6]]
     assert is_idle(combiner)
 
 
@@ -228,10 +246,31 @@ def test_an_interrupted_thread_leaves_alone(kind_of_error: type[BaseException]) 
     assert is_idle(combiner)
 
 
-def test_a_pass_cannot_wait_for_itself() -> None:
+def test_a_call_cannot_wait_for_itself() -> None:
     combiner: Combiner[str, int, int] = Combiner(lambda kind, items: combiner([(kind, items[0])]), {"a": 8})
-    with pytest.raises(RuntimeError, match="from within a pass"):
+    with pytest.raises(RuntimeError, match="from within another of the same thread"):
         combiner([("a", 1)])
+    assert is_idle(combiner)
+
+
+@pytest.mark.parametrize("place", ["_next_pass", "_wake_next"])
+def test_what_interrupts_a_call_cannot_call(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """A signal's handler or a finalizer, which run at any place of a thread, also where it holds the lock."""
+    function = Function()
+    combiner = Combiner(function, {"a": 8})
+    original, failures = getattr(combiner, place), []
+
+    def interrupted() -> Any:
+        try:
+            combiner([("a", 2)])
+        except RuntimeError as error:
+            failures.append(error)
+        return original()
+
+    monkeypatch.setattr(combiner, place, interrupted)
+    assert Caller(combiner, [("a", 1)]).result() == [2]
+    assert failures
+    assert function.passes == [("a", [1])]
     assert is_idle(combiner)
 
 

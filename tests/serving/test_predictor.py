@@ -660,7 +660,7 @@ def test_closed_while_threads_call() -> None:
 def test_a_model_that_asks_its_own_predictor_raises() -> None:
     predictor, model = make_held()
     model.before = lambda tokens: predictor({"history": [[1]]})
-    with pytest.raises(RuntimeError, match="from within a pass"):
+    with pytest.raises(RuntimeError, match="from within another"):
         predictor({"history": [[1]]})
 
 
@@ -726,12 +726,12 @@ def test_long_passes_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[Predictor.__module__]
     monkeypatch.setattr(module, "_n_cores", lambda: 7)
     monkeypatch.setattr(module, "_LONG_PASS", 60.0)
-    assert make_predictor()._combiner._at_once == 1
+    assert make_predictor().max_passes == 1
     monkeypatch.setattr(module, "_LONG_PASS", 0.0)
     predictor = make_predictor()
-    assert predictor._combiner._at_once == 7
+    assert predictor.max_passes == 7
     loaded = pickle.loads(pickle.dumps(make_predictor(max_passes=2)))
-    assert loaded._combiner._at_once == 2
+    assert loaded.max_passes == loaded._combiner._at_once == 2
     histories = small.random_histories(64)
     expected = digest(ask(predictor, histories, (PLANS * 8)[:64]))
 
