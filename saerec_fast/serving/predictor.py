@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from saerec_fast.api import linear_topk
 from saerec_fast.sae import SparseAutoencoder
+from saerec_fast.serving.combining import Combiner
 from saerec_fast.serving.requests import Request, RequestReader
 from saerec_fast.serving.tables import read_table, write_table
 from saerec_fast.steering import attach
@@ -25,11 +29,16 @@ from saerec_fast.types import Ragged, SteeringPlan
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 ItemEmbeddings = str | Callable[[nn.Module], Tensor]
+Returned = TypeVar("Returned")
 
 # The shortest pass of a model that takes sequences of any length; below it, time goes into calls rather than rows.
 _SHORTEST = 8
 # Rows that are compared to see whether a row's bits depend on how many others pass with it; see _sizes_of.
 _COMPARED = 8
+# Seconds of a pass of one row, above which several passes run at once; the least of so many passes counts. In shorter
+# ones threads wait for each other's Python for longer than they compute. Where it is close, it does not matter.
+_LONG_PASS = 3e-3
+_TIMED = 3
 
 
 @dataclass
@@ -93,10 +102,13 @@ class Predictor:
     did, rows run one by one. ``max_batch_size=1`` is the same by construction. The answers of other machines may
     differ by rounding.
 
-    **Threads and processes.** Any number of threads may call one instance. It pickles (model, autoencoder and settings,
-    without hooks, locks and packed weights) and works in a forked child. Since each call runs on its thread alone, more
-    throughput comes from more threads or processes; ``torch.set_num_threads(1)`` at the start of the process spares
-    each call the switch.
+    **Threads and processes.** Any number of threads may call one instance. Calls that come while a pass is under way
+    wait, and share the next ones, which one of their threads runs: a pass of several rows takes less time a row, and
+    several passes at once slow each other down where Python takes most of the time (``max_passes``). Rows are taken in
+    turn from all calls that wait, so that a small one does not wait for a large one. A thread that is interrupted, or
+    whose rows make the model fail, leaves the others their answers. It pickles (model, autoencoder and settings,
+    without hooks, locks and packed weights) and works in a forked child. More throughput comes from more processes;
+    ``torch.set_num_threads(1)`` at the start of the process spares each pass the switch.
 
     The model and the autoencoder are used as they are, not copied, and put into eval mode. Hooks are added once;
     outside of calls they change no bit of what the model returns, and :meth:`close` (or ``with``) takes them off.
@@ -127,6 +139,9 @@ class Predictor:
         k: items per list, where a request does not say.
         max_batch_size: rows of one pass at most. On a CPU small passes, which stay in the caches, take the least time a
             row; on a GPU several hundred do.
+        max_passes: passes under way at most, in the threads of as many callers. By default 1 where a pass of one row
+            takes less than 3 ms of processor time (the least of three, when the predictor is made or loaded) or runs on
+            a GPU, and otherwise the number of processor cores; :attr:`max_passes` says which. It changes no answer.
         max_history: longer histories are an error of their row.
         max_edits: likewise for plans with more edits.
         feature_names: names of all features, or of some by id; the others are called ``#id``. Without it answers have
@@ -158,6 +173,7 @@ class Predictor:
         token_of_item: int | Sequence[int] | np.ndarray = 1,
         k: int = 10,
         max_batch_size: int = 8,
+        max_passes: int | None = None,
         max_history: int = 10_000,
         max_edits: int = 64,
         feature_names: Sequence[str] | Mapping[int, str] | None = None,
@@ -208,6 +224,7 @@ class Predictor:
             "token_of_item": token_of_item,
             "k": self._k,
             "max_batch_size": self._max_batch_size,
+            "max_passes": None if max_passes is None else _at_least(1, "max_passes", max_passes),
             "max_history": _at_least(1, "max_history", max_history),
             "max_edits": _at_least(0, "max_edits", max_edits),
             "feature_names": feature_names,
@@ -229,7 +246,12 @@ class Predictor:
                 max_edits,
                 unknown_items == "skip",
             )
-            self._pass_sizes = {length: self._sizes_of(length) for length in self._lengths()}
+            self._pass_sizes = _in_one_setting(
+                self._device, lambda: {length: self._sizes_of(length) for length in self._lengths()}
+            )
+            largest = {length: sizes[-1] for length, sizes in self._pass_sizes.items()}
+            self._max_passes = self._settings["max_passes"] or _in_one_setting(self._device, self._passes_that_pay)
+            self._combiner: Combiner[int, Request, _Answer] = Combiner(self._answer, largest, self._max_passes)
         except BaseException:
             self.close()
             raise
@@ -238,6 +260,11 @@ class Predictor:
     def site(self) -> str:
         """Dotted path of the steered module."""
         return self._site
+
+    @property
+    def max_passes(self) -> int:
+        """How many passes may be under way at once."""
+        return self._max_passes
 
     @property
     def pass_sizes(self) -> dict[int, tuple[int, ...]]:
@@ -268,16 +295,16 @@ class Predictor:
         Raises:
             TypeError: not a table, or a column that is no sequence.
             ValueError: no ``history``, an unknown or repeated column, or columns of different length.
-            RuntimeError: closed.
+            RuntimeError: closed, also meanwhile; or called from within a call of the same thread, by the model say.
         """
-        if not self._handle.attached:
-            raise RuntimeError("the predictor is closed; make a new one")
+        self._check_open()
         table = read_table(columns)
         answers = [_Answer() for _ in table["history"]]
-        groups: dict[int, list[Request]] = {}
+        rows: list[int] = []
+        requests: list[tuple[int, Request]] = []
         for row, entries in enumerate(zip(table["history"], table["edits"], table["k"], strict=True)):
             try:
-                request = self._reader.read(row, *entries)
+                request = self._reader.read(*entries)
             except (ValueError, TypeError) as error:
                 answers[row].error = str(error)
                 continue
@@ -285,15 +312,14 @@ class Predictor:
                 answers[row].error = "history, edits: expected plain lists, got too deeply nested ones"
                 continue
             length = next(length for length in self._pass_sizes if length >= min(len(request.items), self._max_length))
-            groups.setdefault(length, []).append(request)
-        for length, requests in groups.items():
-            largest = self._pass_sizes[length][-1]
-            for begin in range(0, len(requests), largest):
-                self._answer(requests[begin : begin + largest], length, answers)
+            rows.append(row)
+            requests.append((length, request))
+        for row, answer in zip(rows, self._combiner(requests), strict=True):
+            answers[row] = answer
         return write_table(self._columns(answers), columns, ids_are_text=self._ids.dtype == object)
 
     def close(self) -> None:
-        """Take the hooks off the model; doing so again does nothing."""
+        """Take the hooks off the model; doing so again does nothing. Calls under way in other threads raise."""
         self._handle.detach()
         self._hook.remove()
 
@@ -316,6 +342,10 @@ class Predictor:
             f"Predictor({type(self._model).__name__}, n_items={len(self._titles)}, site={self._site!r}, "
             f"n_features={self._sae.n_features}, k={self._k})"
         )
+
+    def _check_open(self) -> None:
+        if not self._handle.attached:
+            raise RuntimeError("the predictor is closed; make a new one")
 
     def _connect(self, site: str | nn.Module) -> None:
         # Through the model for the checks, which know what is around the module; then on the module itself, whose
@@ -365,25 +395,20 @@ class Predictor:
         generator = np.random.default_rng(0)
         # Full or nearly so: what is summed otherwise are the last positions, where the tiles of a matrix product end.
         requests, others = (
-            [
-                Request(row, generator.integers(0, n_items, length - row // 2 % length), None, 1)
-                for row in range(largest)
-            ]
+            [Request(generator.integers(0, n_items, length - row // 2 % length), None, 1) for row in range(largest)]
             for _ in range(2)
         )
         # The largest token has to be one that the model knows.
         requests[0].items[0] = self._tokens.argmax()
 
         def run(chosen: list[Request]) -> tuple[Tensor, Tensor]:
-            with torch.inference_mode(), _one_thread():
-                return self._forward(chosen, length, len(chosen), whole=True)
+            return self._forward(chosen, length, len(chosen), whole=True)
 
         try:
-            with torch.inference_mode(), _one_thread():
-                output, site = self._forward(requests[:1], length, 1)
-                # Raises where embeddings, or the autoencoder's dtype, do not fit.
-                self._ranked(requests[:1], output)
-                self._reasons(requests[:1], site)
+            output, site = self._forward(requests[:1], length, 1)
+            # Raises where embeddings, or the autoencoder's dtype, do not fit.
+            self._ranked(requests[:1], output)
+            self._reasons(requests[:1], site)
         except IndexError as error:
             raise ValueError(f"token_of_item: expected tokens that the model knows ({error})") from error
         if largest == 1:
@@ -406,32 +431,51 @@ class Predictor:
 
         return (*(size for size in powers if agrees(size)), largest)
 
-    def _answer(self, requests: list[Request], length: int, answers: list[_Answer]) -> None:
-        """Write the answers of one pass, or where a plan is refused in it, of as many as find out whose."""
-        try:
-            with torch.inference_mode(), _one_thread():
-                self._answer_together(requests, length, answers)
-        # A warning is an exception only where the caller's filters say so.
-        except (ValueError, UserWarning) as error:
-            if len(requests) == 1:
-                answers[requests[0].row] = _Answer(error=str(error))
-                return
-            half = len(requests) // 2
-            self._answer(requests[:half], length, answers)
-            self._answer(requests[half:], length, answers)
+    def _passes_that_pay(self) -> int:
+        """How many passes to run at once."""
+        if self._device.type != "cpu":
+            return 1
+        request = Request(np.zeros(self._max_length, np.int64), None, 1)
 
-    def _answer_together(self, requests: list[Request], length: int, answers: list[_Answer]) -> None:
+        def seconds() -> float:
+            # Of this thread's own work: passes run on one thread, and a busy machine shall not make them look long.
+            started = time.thread_time()
+            self._forward([request], self._max_length, 1)
+            return time.thread_time() - started
+
+        return _n_cores() if min(seconds() for _ in range(_TIMED)) > _LONG_PASS else 1
+
+    def _answer(self, length: int, requests: list[Request]) -> list[_Answer]:
+        """The answers of one pass, or where a plan is refused in it, of as many as find out whose."""
+        try:
+            answers = _in_one_setting(self._device, self._answer_together, length, requests)
+        except Exception as error:
+            self._check_open()
+            # A warning is an exception only where the filters say so.
+            if not isinstance(error, (ValueError, UserWarning)):
+                raise
+            if len(requests) == 1:
+                return [_Answer(error=str(error))]
+            half = len(requests) // 2
+            return self._answer(length, requests[:half]) + self._answer(length, requests[half:])
+        # Another thread may have closed it meanwhile; without its hooks a pass fails in many ways, or ends unsteered.
+        self._check_open()
+        return answers
+
+    def _answer_together(self, length: int, requests: list[Request]) -> list[_Answer]:
         size = next(size for size in self._pass_sizes[length] if size >= len(requests))
         output, site = self._forward(requests, length, size)
         ranked = self._ranked(requests, output)
         reasons = self._reasons(requests, site)
+        answers = []
         for request, (indices, scores), (features, values) in zip(requests, ranked, reasons, strict=True):
             if not scores[0] < np.inf:  # NaN comes first
                 message = "scores: expected finite numbers, got NaN or infinity; weaker edits may help"
-                answers[request.row] = _Answer(error=message)
+                answers.append(_Answer(error=message))
                 continue
             kept = indices[scores > -np.inf][: request.k]
-            answers[request.row] = _Answer(kept, scores[: len(kept)].astype(np.float32), features, values)
+            answers.append(_Answer(kept, scores[: len(kept)].astype(np.float32), features, values))
+        return answers
 
     def _forward(
         self, requests: list[Request], length: int, size: int, *, whole: bool = False
@@ -575,6 +619,32 @@ class Predictor:
                 for key in mine:
                     getattr(module, name).pop(key, None)
         return copied
+
+
+def _in_one_setting(device: torch.device, function: Callable[..., Returned], *arguments: Any) -> Returned:
+    """Call it in the setting of all passes, whatever that of the calling thread: another's row gives the same bits."""
+
+    def call() -> Returned:
+        with torch.inference_mode(), _full_precision(device.type), _one_thread():
+            return function(*arguments)
+
+    # Empty: what the model looks up there has its default.
+    return contextvars.Context().run(call)
+
+
+def _n_cores() -> int:
+    """Of those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Without the autocast that the thread may be under."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
 
 
 @contextmanager

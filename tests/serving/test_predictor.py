@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -392,6 +395,7 @@ class Elsewhere(small.Model):
         ({"k": 0}, ValueError, "k: "),
         ({"k": N_ITEMS + 1}, ValueError, "k: "),
         ({"max_batch_size": 0}, ValueError, "max_batch_size: "),
+        ({"max_passes": 0}, ValueError, "max_passes: "),
         ({"max_history": 0}, ValueError, "max_history: "),
         ({"max_edits": -1}, ValueError, "max_edits: "),
         ({"n_reasons": -1}, ValueError, "n_reasons: "),
@@ -535,6 +539,207 @@ def test_works_in_another_process(method: str) -> None:
         child.join()
     assert found == expected
     assert sizes == predictor.pass_sizes
+
+
+class Held(small.Model):
+    """``before`` is called at the start of each forward pass."""
+
+    before: Any = staticmethod(lambda tokens: None)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.before(tokens)
+        return super().forward(tokens)
+
+
+def ask_together(predictor: Predictor, model: Held, tables: list[dict[str, Any]]) -> list[Any]:
+    """Answers of calls that wait, in this order, while another call is in its pass; or what they raised."""
+    started, gate, before = threading.Event(), threading.Event(), model.before
+
+    def hold(tokens: Tensor) -> None:
+        started.set()
+        assert gate.wait(60)
+        before(tokens)
+
+    def call(table: dict[str, Any]) -> Any:
+        try:
+            return predictor(table)
+        except BaseException as error:
+            return error
+
+    model.before = hold
+    with ThreadPoolExecutor(len(tables) + 1) as pool:
+        try:
+            first = pool.submit(call, {"history": [[1]]})
+            assert started.wait(60)
+            futures = []
+            for number, table in enumerate(tables):
+                futures.append(pool.submit(call, table))
+                deadline = time.monotonic() + 60
+                while len({id(part.call) for part in predictor._combiner._queue}) <= number:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+        finally:
+            model.before = before
+            gate.set()
+        first.result(60)
+        return [future.result(60) for future in futures]
+
+
+def make_held(**options: Any) -> tuple[Predictor, Held]:
+    model = make_model(Held)
+    return make_predictor(model, **{"max_passes": 1, **options}), model
+
+
+def test_calls_of_several_threads_share_passes() -> None:
+    predictor, model = make_held(max_history=20)
+    histories, plans = small.random_histories(24, longest=20), (PLANS * 3)[:24]
+    histories[5], plans[9], plans[18] = [N_ITEMS], REJECTED, SteeringPlan([Edit(N_FEATURES, "set", 1.0)])
+    expected = [digest(ask(predictor, [one], [plan]))[0] for one, plan in zip(histories, plans, strict=True)]
+    sizes: list[int] = []
+    model.before = lambda tokens: sizes.append(len(tokens))
+    cuts = [0, 1, 2, 3, 10, 11, 12, 20, 24]
+    tables = [{"history": histories[a:b], "edits": plans[a:b]} for a, b in itertools.pairwise(cuts)]
+    answers = ask_together(predictor, model, tables)
+    assert [row for one in answers for row in digest(one)] == expected
+    assert [row for row, answer in enumerate(expected) if answer[-1] is not None] == [5, 9, 18]
+    assert max(sizes) == 8
+
+
+def test_a_call_of_one_row_does_not_wait_for_a_large_one() -> None:
+    predictor, model = make_held()
+    passes: list[int] = []
+    model.before = lambda tokens: passes.append(tokens[:, 0].tolist().count(N_ITEMS))
+    large, one = {"history": [[1, 2]] * 200}, {"history": [[N_ITEMS - 1, 1]]}
+    answers = ask_together(predictor, model, [large, one])
+    assert [len(answer["error"]) for answer in answers] == [200, 1]
+    assert passes[1] == 1  # after that of the first call
+    assert len(passes) > 25
+
+
+def test_a_model_that_fails_raises_where_its_input_came_from() -> None:
+    predictor, model = make_held()
+
+    def fail(tokens: Tensor) -> None:
+        if (tokens == 13 + 1).any():
+            raise MemoryError("thirteen")
+
+    model.before = fail
+    tables = [{"history": [[item], [1, item]]} for item in (1, 13, 2, 3)]
+    answers = ask_together(predictor, model, tables)
+    assert isinstance(answers[1], MemoryError)
+    for answer, table in zip(answers, tables, strict=True):
+        if answer is not answers[1]:
+            assert digest(answer) == digest(predictor(table))
+
+
+def test_an_interrupted_caller_leaves_the_others_their_answers() -> None:
+    predictor, model = make_held()
+    interrupts = [KeyboardInterrupt()]
+
+    def interrupt(tokens: Tensor) -> None:
+        if len(tokens) > 1 and interrupts:
+            raise interrupts.pop()
+
+    model.before = interrupt
+    tables = [{"history": [[item]], "edits": [PLAN]} for item in range(5)]
+    answers = ask_together(predictor, model, tables)
+    assert sum(isinstance(answer, KeyboardInterrupt) for answer in answers) == 1
+    for answer, table in zip(answers, tables, strict=True):
+        if isinstance(answer, dict):
+            assert digest(answer) == digest(predictor(table))
+
+
+def test_closed_while_threads_call() -> None:
+    predictor, model = make_held()
+    model.before = lambda tokens: predictor.close()
+    answers = ask_together(predictor, model, [{"history": [[item]], "edits": [PLAN]} for item in range(3)])
+    # Answers of a pass that lost its hooks half way would be unsteered.
+    assert all(isinstance(answer, RuntimeError) and "closed" in str(answer) for answer in answers)
+
+
+def test_a_model_that_asks_its_own_predictor_raises() -> None:
+    predictor, model = make_held()
+    model.before = lambda tokens: predictor({"history": [[1]]})
+    with pytest.raises(RuntimeError, match="from within another"):
+        predictor({"history": [[1]]})
+
+
+VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("VARIABLE", default=0.0)
+
+
+class OfItsThread(small.Model):
+    """Depends on what a thread may have set for itself."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states = super().forward(tokens) @ torch.eye(small.WIDTH)  # in bfloat16 under autocast
+        return states.float() + VARIABLE.get() + float(torch.is_grad_enabled())
+
+
+def test_passes_run_in_a_setting_of_their_own() -> None:
+    histories = small.random_histories(10)
+    predictor = make_predictor(make_model(OfItsThread))
+    expected = digest(ask(predictor, histories, [*PLANS, None]))
+    token = VARIABLE.set(5.0)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+            assert digest(ask(predictor, histories, [*PLANS, None])) == expected
+            assert torch.is_autocast_enabled("cpu")
+            made_here = make_predictor(make_model(OfItsThread))
+    finally:
+        VARIABLE.reset(token)
+    assert digest(ask(made_here, histories, [*PLANS, None])) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forks_while_threads_call() -> None:
+    predictor = make_predictor()
+    columns = {"history": small.random_histories(10), "edits": [*PLANS, None]}
+    expected = digest(predictor(columns))
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            assert digest(predictor(columns)) == expected
+
+    context: Any = multiprocessing.get_context("fork")
+    with ThreadPoolExecutor(3) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in the parent
+        futures = [pool.submit(keep_asking) for _ in range(3)]
+        try:
+            for _ in range(5):
+                answers = context.Queue()
+                child = context.Process(target=small.work_in_another_process, args=(predictor, columns, answers))
+                child.start()
+                try:
+                    assert answers.get(timeout=60)[0] == expected
+                    child.join(60)
+                finally:
+                    child.kill()
+                    child.join()
+        finally:
+            stop.set()
+        for future in futures:
+            future.result(60)
+
+
+def test_long_passes_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[Predictor.__module__]
+    monkeypatch.setattr(module, "_n_cores", lambda: 7)
+    monkeypatch.setattr(module, "_LONG_PASS", 60.0)
+    assert make_predictor().max_passes == 1
+    monkeypatch.setattr(module, "_LONG_PASS", 0.0)
+    predictor = make_predictor()
+    assert predictor.max_passes == 7
+    loaded = pickle.loads(pickle.dumps(make_predictor(max_passes=2)))
+    assert loaded.max_passes == loaded._combiner._at_once == 2
+    histories = small.random_histories(64)
+    expected = digest(ask(predictor, histories, (PLANS * 8)[:64]))
+
+    def again(_: int) -> bool:
+        return digest(ask(predictor, histories, (PLANS * 8)[:64])) == expected
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(again, range(16)))
 
 
 HASHABLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
