@@ -40,15 +40,19 @@ class BoundReconstruct:
 class SteerProgram:
     def __init__(
         self,
-        features: list[int],
-        ops: list[int],
-        values: list[float],
+        edits: tuple[Any, ...],
+        direction_type: type,
+        ops: tuple[str, ...],
         reconstruct: bool,
         positions: int,
         max_relative_norm: float,
         clip: bool,
-        directions: list[float],
+        whole: bool,
     ) -> None: ...
+
+class SteerPlans:
+    def __init__(self, programs: SteerProgram | list[SteerProgram | None], strengths: Tensor | None) -> None: ...
+    def pause(self, paused: bool) -> None: ...
 
 class BoundSteer:
     def __init__(self, *args: Any) -> None: ...
@@ -60,21 +64,9 @@ class BoundSteer:
         col_stride: int,
         length: int,
         out: int,
-        program: SteerProgram,
+        plans: SteerPlans,
         values: int,
         values_stride: int,
-        valid: int,
-        threads: int,
-    ) -> float: ...
-    def run_each(
-        self,
-        x: int,
-        rows: int,
-        row_stride: int,
-        col_stride: int,
-        length: int,
-        out: int,
-        programs: list[SteerProgram | None],
         valid: int,
         threads: int,
     ) -> float: ...
@@ -83,15 +75,13 @@ class PlainSteer:
     def __init__(
         self,
         bound: BoundSteer,
-        program: SteerProgram,
-        strengths: Tensor | None,
-        seen: list[tuple[dict[str, Any], str, Any]],
+        seen: list[tuple[dict[str, Any], str, Any, bool]],
         tensor_type: type[Tensor],
         x_dtype: torch.dtype,
         mask_dtype: torch.dtype,
+        strengths_dtype: torch.dtype,
         width: int,
-        torch: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
+        functions: tuple[Callable[..., Any], ...],
     ) -> None: ...
-    def run(self, x: Tensor, mask: Tensor | None) -> Tensor | None: ...
-    def pause(self, paused: bool) -> None: ...
-    def is_current(self) -> bool: ...
+    def run(self, x: Tensor, mask: Tensor | None, plans: SteerPlans) -> Tensor | None: ...
+    def is_current(self, adds: bool = False) -> bool: ...

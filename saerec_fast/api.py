@@ -34,6 +34,7 @@ from saerec_fast.types import (
 from saerec_fast.types.packed import source_of
 
 if TYPE_CHECKING:
+    from saerec_fast._C import SteerPlans
     from saerec_fast.kernels.cpu import BoundSteer
 
 # First byte of PackedHeader.usable, see csrc/include/saerec/packed.h.
@@ -394,6 +395,21 @@ def bind_steer(
         return None
     bound: BoundSteer = _kernels.BoundSteer(W_enc.detach(), b_enc, b_dec, W_dec.detach(), threshold, k, packed_bytes)
     return bound
+
+
+def steer_plans(
+    plan: SteeringPlan | Sequence[SteeringPlan | None], strengths: Tensor | None = None
+) -> SteerPlans | None:
+    """What the ``run`` of :meth:`SparseAutoencoder.bind_steer` steers by, ``None`` where there are no kernels.
+
+    Args:
+        plan: for all sequences, or one (or ``None``) for each. One that ``run`` does not take makes it return ``None``.
+        strengths: replace the values of the one plan: ``(m,)`` or ``(B, m)``; read anew in every call.
+    """
+    if _kernels is None:
+        return None
+    plans: SteerPlans = _kernels.steer_plans(plan, strengths)
+    return plans
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -86,6 +86,16 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+# How many modes that want to see torch's calls are on; of torch's own, so that another version may lack them.
+MODE_COUNTERS = tuple(getattr(torch._C, f"_len_torch_{kind}_stack", None) for kind in ("dispatch", "function"))
+
+
+def is_watched() -> bool:
+    """Whether a ``TorchDispatchMode`` or ``TorchFunctionMode`` is on, which kernels called directly would escape; also
+    where this torch does not tell."""
+    return any(count is None or count() for count in MODE_COUNTERS)
+
+
 def choose(device_type: str) -> str:
     """The backend that ``auto`` takes for tensors on a device type such as ``"cpu"`` or ``"cuda"``."""
     # The Triton kernels have not run on hardware yet: until they have, only who asks for them gets them.

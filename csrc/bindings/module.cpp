@@ -32,6 +32,21 @@ using saerec::bindings::vector;
 
 namespace {
 
+py::object checked(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+int64_t integer(const py::object& value) {
+  const int64_t result = PyLong_AsLongLong(value.ptr());
+  if (result == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result;
+}
+
+py::str interned(const char* name) {
+  return py::reinterpret_steal<py::str>(checked(PyUnicode_InternFromString(name)).release());
+}
+
 // (address, bytes), or None.
 template <class Params>
 void set_packed(Params& params, const py::object& packed) {
@@ -277,10 +292,28 @@ class BoundReconstruct {
 // A steering plan as the kernel reads it.
 class SteerProgram {
  public:
-  // directions: float32, n_directions rows of the width of the hidden states, copied.
-  SteerProgram(std::vector<int64_t> features, std::vector<int64_t> ops, std::vector<float> values, bool reconstruct,
-               int positions, float max_relative_norm, bool clip, const std::vector<float>& directions)
-      : features_(std::move(features)), ops_(std::move(ops)), values_(std::move(values)), directions_(directions) {
+  // edits: of the plan, those of direction_type being directions. ops: their names, in the order of EditOp. whole: the
+  // kernel does all of it; no mask of positions and no limit to report is left for the caller.
+  SteerProgram(const py::tuple& edits, const py::object& direction_type, const py::tuple& ops, bool reconstruct,
+               int positions, float max_relative_norm, bool clip, bool whole)
+      : whole_(whole), adds_(!reconstruct) {
+    const py::str feature = interned("feature"), op = interned("op"), value = interned("value");
+    int64_t n_directions = 0;
+    for (const py::handle edit : edits) {
+      values_.push_back(static_cast<float>(PyFloat_AsDouble(checked(PyObject_GetAttr(edit.ptr(), value.ptr())).ptr())));
+      if (py::isinstance(edit, direction_type)) {
+        const auto direction = edit.attr("vector").attr("tolist")().cast<std::vector<float>>();
+        width_ = static_cast<int64_t>(direction.size());
+        directions_.insert(directions_.end(), direction.begin(), direction.end());
+        features_.push_back(-1 - n_directions++);
+        ops_.push_back(static_cast<int64_t>(saerec::EditOp::kAdd));
+        continue;
+      }
+      features_.push_back(integer(checked(PyObject_GetAttr(edit.ptr(), feature.ptr()))));
+      ops_.push_back(PySequence_Index(ops.ptr(), checked(PyObject_GetAttr(edit.ptr(), op.ptr())).ptr()));
+      adds_ = adds_ && ops_.back() == static_cast<int64_t>(saerec::EditOp::kAdd);
+    }
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     plan_.n_edits = static_cast<int64_t>(features_.size());
     plan_.features = features_.data();
     plan_.ops = ops_.data();
@@ -295,11 +328,99 @@ class SteerProgram {
   SteerProgram& operator=(const SteerProgram&) = delete;
 
   const saerec::SteerPlan& plan() const { return plan_; }
+  // Of its directions, 0 where there are none.
+  int64_t width() const { return width_; }
+  bool whole() const { return whole_; }
+  // Whether activations do not matter.
+  bool adds() const { return adds_; }
 
  private:
   std::vector<int64_t> features_, ops_;
   std::vector<float> values_, directions_;
+  int64_t width_ = 0;
+  bool whole_, adds_;
   saerec::SteerPlan plan_;
+};
+
+// What a batch is steered by: a plan for all of its sequences, or one for each.
+class SteerPlans {
+ public:
+  // programs: one, or a list of them with None for none. strengths: of the one, a float32 tensor (n_edits) or
+  // (sequences, n_edits) whose values replace the program's and are read anew in every pass; or None.
+  SteerPlans(py::object programs, py::object strengths)
+      : programs_(std::move(programs)), strengths_(std::move(strengths)) {
+    if (!py::isinstance<py::list>(programs_)) {
+      add(programs_.cast<const SteerProgram&>());
+      if (!strengths_.is_none()) {
+        shape_ = strengths_.attr("shape");
+        const std::size_t dimensions = shape_.size();
+        if (dimensions == 2) strengths_rows_ = shape_[0].cast<int64_t>();
+        whole_ = whole_ && (dimensions == 1 || dimensions == 2) &&
+                 shape_[dimensions - 1].cast<int64_t>() == plans_[0].n_edits;
+      }
+      return;
+    }
+    std::unordered_map<PyObject*, int32_t> places;
+    for (const py::handle program : py::reinterpret_borrow<py::list>(programs_)) {
+      if (program.is_none()) {
+        sequence_plans_.push_back(-1);
+        continue;
+      }
+      const auto [place, is_new] = places.emplace(program.ptr(), static_cast<int32_t>(plans_.size()));
+      if (is_new) add(program.cast<const SteerProgram&>());
+      sequence_plans_.push_back(place->second);
+    }
+    each_ = true;
+  }
+
+  // While strengths are written to, PlainSteer.run returns None.
+  void pause(bool paused) { paused_ = paused; }
+
+  // Whether the kernel does all of it for sequences of hidden states of this width.
+  bool fits(int64_t sequences, int64_t width, bool has_length) const {
+    if (!whole_ || (has_last_ && !has_length) || (width_ != 0 && width_ != width)) return false;
+    if (strengths_rows_ >= 0 && strengths_rows_ != sequences) return false;
+    return !each_ || static_cast<int64_t>(sequence_plans_.size()) == sequences;
+  }
+
+  const std::vector<saerec::SteerPlan>& plans() const { return plans_; }
+  // Plan of each sequence, null where all have the first.
+  const int32_t* sequence_plans() const { return each_ ? sequence_plans_.data() : nullptr; }
+  const py::object& strengths() const { return strengths_; }
+  const py::tuple& strengths_shape() const { return shape_; }
+  int64_t n_strengths() const { return plans_[0].n_edits * (strengths_rows_ >= 0 ? strengths_rows_ : 1); }
+  int64_t strengths_stride() const { return strengths_rows_ >= 0 ? plans_[0].n_edits : 0; }
+  bool paused() const { return paused_; }
+  bool adds() const { return adds_; }
+
+  // Strengths may refer to what holds the plans.
+  int visit(visitproc visit, void* arg) const {
+    Py_VISIT(programs_.ptr());
+    Py_VISIT(strengths_.ptr());
+    return 0;
+  }
+  void clear() {
+    whole_ = false;
+    strengths_ = py::none();
+  }
+
+ private:
+  void add(const SteerProgram& program) {
+    plans_.push_back(program.plan());
+    whole_ = whole_ && program.whole();
+    adds_ = adds_ && program.adds();
+    has_last_ = has_last_ || program.plan().positions == saerec::Positions::kLast;
+    if (program.width() == 0 || program.width() == width_) return;
+    whole_ = whole_ && width_ == 0;
+    width_ = program.width();
+  }
+
+  py::object programs_, strengths_;
+  py::tuple shape_;
+  std::vector<saerec::SteerPlan> plans_;
+  std::vector<int32_t> sequence_plans_;
+  int64_t strengths_rows_ = -1, width_ = 0;
+  bool each_ = false, whole_ = true, adds_ = true, has_last_ = false, paused_ = false;
 };
 
 // A steer call with the autoencoder fixed.
@@ -310,55 +431,32 @@ class BoundSteer {
     set_autoencoder(params_, dtype, weight_enc, bias, shift, weight_dec, k, thresholds, packed);
   }
 
-  // One plan for all sequences. values (float32) replace the plan's where they are not 0: (n_edits), or one row a
-  // sequence at values_stride. x has any strides, out (rows, d) is contiguous.
+  // values (float32) replace those of one plan where they are not 0: (n_edits), or one row a sequence at values_stride.
+  // x has any strides, out (rows, d) is contiguous.
   float run(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t length, uintptr_t out,
-            const SteerProgram& program, uintptr_t values, int64_t values_stride, uintptr_t valid, int threads) const {
-    saerec::SteerPlan plan = program.plan();
-    if (values != 0) {
-      plan.values = pointer<const float>(values);
-      plan.values_stride = values_stride;
-    }
-    return steer(x, rows, row_stride, col_stride, length, out, &plan, 1, nullptr, valid, threads);
-  }
-
-  // A plan for each sequence, None for none.
-  float run_each(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t length, uintptr_t out,
-                 const std::vector<const SteerProgram*>& programs, uintptr_t valid, int threads) const {
-    std::vector<saerec::SteerPlan> plans;
-    std::vector<int32_t> sequence_plans;
-    std::unordered_map<const SteerProgram*, int32_t> places;
-    for (const SteerProgram* program : programs) {
-      if (program == nullptr) {
-        sequence_plans.push_back(-1);
-        continue;
-      }
-      const auto [place, is_new] = places.emplace(program, static_cast<int32_t>(plans.size()));
-      if (is_new) plans.push_back(program->plan());
-      sequence_plans.push_back(place->second);
-    }
-    return steer(x, rows, row_stride, col_stride, length, out, plans.data(), static_cast<int64_t>(plans.size()),
-                 sequence_plans.data(), valid, threads);
-  }
-
- private:
-  float steer(uintptr_t x, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t length, uintptr_t out,
-              const saerec::SteerPlan* plans, int64_t n_plans, const int32_t* sequence_plans, uintptr_t valid,
-              int threads) const {
+            const SteerPlans& plans, uintptr_t values, int64_t values_stride, uintptr_t valid, int threads) const {
     saerec::SteerParams params = params_;
     const int64_t d = params.weight_enc.cols;
     params.x = {pointer<void>(x), params.weight_enc.dtype, rows, d, row_stride, col_stride};
     params.out = {pointer<void>(out), params.weight_enc.dtype, rows, d, d, 1};
     params.length = length;
-    params.plans = plans;
-    params.n_plans = n_plans;
-    params.sequence_plans = sequence_plans;
+    params.plans = plans.plans().data();
+    params.n_plans = static_cast<int64_t>(plans.plans().size());
+    params.sequence_plans = plans.sequence_plans();
     params.valid = pointer<const bool>(valid);
     params.threads = threads;
+    saerec::SteerPlan with_values;
+    if (values != 0) {
+      with_values = plans.plans()[0];
+      with_values.values = pointer<const float>(values);
+      with_values.values_stride = values_stride;
+      params.plans = &with_values;
+    }
     const py::gil_scoped_release release;
     return saerec::steer(params);
   }
 
+ private:
   saerec::SteerParams params_;
 };
 
@@ -367,72 +465,73 @@ class BoundSteer {
 // the Python C API, and allocates nothing but the output.
 class PlainSteer {
  public:
-  // bound, program and strengths (None: the plan's values; else a float32 tensor (n_edits), contiguous) as
-  // BoundSteer.run takes them. seen: (dict, name, value) for everything that they were made from; tensors among the
-  // values may not have been written to either. torch: the functions empty_like, is_grad_enabled and get_num_threads. x
-  // has to be a plain torch.Tensor, tensor_type, of dtype x_dtype, a mask one of dtype mask_dtype.
-  PlainSteer(py::object bound, py::object program, py::object strengths, const py::list& seen, py::object tensor_type,
-             py::object x_dtype, py::object mask_dtype, int64_t width, const py::tuple& torch)
+  // seen: (dict, name, value, whether plans that only add depend on it) for everything that bound was made from;
+  // tensors among the values may not have been written to either. functions: empty_like, is_grad_enabled,
+  // get_num_threads, and those that count the modes that want to see torch's calls. x has to be a plain torch.Tensor,
+  // tensor_type, of dtype x_dtype, a mask one of dtype mask_dtype, strengths are of strengths_dtype.
+  PlainSteer(py::object bound, const py::list& seen, py::object tensor_type, py::object x_dtype, py::object mask_dtype,
+             py::object strengths_dtype, int64_t width, const py::tuple& functions)
       : bound_(std::move(bound)),
-        program_(std::move(program)),
-        strengths_(std::move(strengths)),
+        steer_(bound_.cast<const BoundSteer&>()),
         tensor_type_(std::move(tensor_type)),
         x_dtype_(std::move(x_dtype)),
         mask_dtype_(std::move(mask_dtype)),
+        strengths_dtype_(std::move(strengths_dtype)),
         width_(width),
-        empty_like_(torch[0]),
-        is_grad_enabled_(torch[1]),
-        get_num_threads_(torch[2]) {
-    if (!strengths_.is_none()) {
-      strengths_dtype_ = read(strengths_, dtype_);
-      n_strengths_ = number(called(strengths_, numel_));
-    }
+        empty_like_(functions[0]),
+        is_grad_enabled_(functions[1]),
+        get_num_threads_(functions[2]) {
+    for (std::size_t i = 3; i < functions.size(); ++i) count_modes_.push_back(functions[i]);
     for (const py::handle entry : seen) {
       const py::tuple parts = entry.cast<py::tuple>();
-      Seen one = {parts[0], parts[1], parts[2], is_tensor(parts[2].ptr()), 0, 0};
+      Seen one = {parts[0], parts[1], parts[2], is_tensor(parts[2].ptr()), parts[3].cast<bool>(), 0, 0};
       if (one.is_tensor) {
         one.address = address_of(one.value);
-        one.version = number(read(one.value, version_));
+        one.version = integer(version_.of(one.value));
       }
       seen_.push_back(one);
     }
   }
 
   // The steered copy of x, None where anything is not as it was, or not plain; all of it is then for the caller to do.
-  py::object run(const py::object& x, const py::object& mask) const {
+  py::object run(const py::object& x, const py::object& mask, const SteerPlans& plans) const {
     try {
-      if (!is_plain(x, x_dtype_) || is_grad_enabled_().is(py::handle(Py_True)) || !is_current()) return py::none();
-      // The caller's own tensor may have been given other memory, as a module's move to another dtype does.
-      if (!strengths_.is_none() &&
-          (!is_readable(strengths_, strengths_dtype_) || number(called(strengths_, numel_)) != n_strengths_)) {
-        return py::none();
+      if (!is_plain(x, x_dtype_) || called(is_grad_enabled_).is(py::handle(Py_True))) return py::none();
+      for (const py::object& count : count_modes_) {
+        if (integer(called(count)) != 0) return py::none();
       }
-      const py::tuple shape = read(x, shape_);
+      if (!is_current(plans.adds())) return py::none();
+      const py::tuple shape = shape_.of(x);
       const std::size_t dimensions = shape.size();
-      if (dimensions < 2 || dimensions > 3 || number(shape[dimensions - 1]) != width_) return py::none();
-      const auto& program = program_.cast<const SteerProgram&>();
-      const int64_t sequences = number(shape[0]), length = dimensions == 3 ? number(shape[1]) : 1;
-      if (dimensions == 2 && program.plan().positions == saerec::Positions::kLast) return py::none();
+      if (dimensions < 2 || dimensions > 3 || integer(shape[dimensions - 1]) != width_) return py::none();
+      const int64_t sequences = integer(shape[0]), length = dimensions == 3 ? integer(shape[1]) : 1;
+      if (!plans.fits(sequences, width_, dimensions == 3)) return py::none();
       uintptr_t valid = 0;
       if (!mask.is_none()) {
         if (!is_plain(mask, mask_dtype_)) return py::none();
-        const py::tuple mask_shape = read(mask, shape_);
-        if (mask_shape.size() + 1 != dimensions || number(mask_shape[0]) != sequences) return py::none();
-        if (dimensions == 3 && number(mask_shape[1]) != length) return py::none();
+        const py::tuple mask_shape = shape_.of(mask);
+        if (mask_shape.size() + 1 != dimensions || integer(mask_shape[0]) != sequences) return py::none();
+        if (dimensions == 3 && integer(mask_shape[1]) != length) return py::none();
         valid = address_of(mask);
       }
-      py::object out = empty_like_(x);
-      const uintptr_t from = address_of(x), to = address_of(out);
-      const int threads = static_cast<int>(number(get_num_threads_()));
-      std::vector<float> values;
-      if (!strengths_.is_none()) {
-        const auto* strengths = pointer<const float>(address_of(strengths_));
-        // Whoever writes to them pauses this first, and cannot do so before the interpreter is released below.
-        if (paused_) return py::none();
-        values.assign(strengths, strengths + n_strengths_);
+      // The caller's own tensor may have been given other memory, as a module's move to another dtype does.
+      const py::object& given = plans.strengths();
+      if (!given.is_none() && (!is_tensor(given.ptr()) || !is_readable(given, strengths_dtype_) ||
+                               !shape_.of(given).equal(plans.strengths_shape()))) {
+        return py::none();
       }
-      bound_.cast<const BoundSteer&>().run(from, sequences * length, width_, 1, length, to, program,
-                                           reinterpret_cast<uintptr_t>(values.data()), 0, valid, threads);
+      const py::object out = called(empty_like_, x);
+      const uintptr_t from = address_of(x), to = address_of(out);
+      const int threads = static_cast<int>(integer(called(get_num_threads_)));
+      std::vector<float> values;
+      if (!given.is_none()) {
+        const auto* strengths = pointer<const float>(address_of(given));
+        // Whoever writes to them pauses this first, and cannot do so before the interpreter is released below.
+        if (plans.paused()) return py::none();
+        values.assign(strengths, strengths + plans.n_strengths());
+      }
+      steer_.run(from, sequences * length, width_, 1, length, to, plans, reinterpret_cast<uintptr_t>(values.data()),
+                 plans.strengths_stride(), valid, threads);
       return out;
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_RuntimeError)) throw;
@@ -442,7 +541,7 @@ class PlainSteer {
 
   // What it refers to may refer to it in turn: an autoencoder that holds the handle on its own states, say.
   int visit(visitproc visit, void* arg) const {
-    for (const py::object* held : {&bound_, &program_, &strengths_}) Py_VISIT(held->ptr());
+    Py_VISIT(bound_.ptr());
     for (const Seen& one : seen_) {
       Py_VISIT(one.holder.ptr());
       Py_VISIT(one.value.ptr());
@@ -454,19 +553,16 @@ class PlainSteer {
   void clear() {
     cleared_ = true;
     std::vector<Seen>().swap(seen_);
-    strengths_ = py::none();
   }
 
-  // While strengths are written to, run returns None.
-  void pause(bool paused) { paused_ = paused; }
-
-  // Whether nothing was replaced or written to.
-  bool is_current() const {
+  // Whether nothing was replaced or written to; of what plans that only add depend on, or of all.
+  bool is_current(bool adds) const {
     if (cleared_) return false;
     for (const Seen& one : seen_) {
+      if (adds && !one.matters_to_adds) continue;
       if (PyDict_GetItemWithError(one.holder.ptr(), one.name.ptr()) != one.value.ptr()) return false;
       if (!one.is_tensor) continue;
-      if (number(read(one.value, version_)) != one.version || address_of(one.value) != one.address) return false;
+      if (integer(version_.of(one.value)) != one.version || address_of(one.value) != one.address) return false;
     }
     return true;
   }
@@ -474,33 +570,48 @@ class PlainSteer {
  private:
   struct Seen {
     py::object holder, name, value;
-    bool is_tensor;
+    bool is_tensor, matters_to_adds;
     uintptr_t address;
     int64_t version;
   };
 
-  static int64_t number(const py::object& value) {
-    const int64_t result = PyLong_AsLongLong(value.ptr());
-    if (result == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return result;
+  // An attribute of tensors, or what a method without arguments returns. Looked up in the type once: where that finds
+  // what C implements, it is called as it is.
+  class Reader {
+   public:
+    Reader(const py::object& tensor_type, const char* name) : name_(interned(name)) {
+      descriptor_ = checked(PyObject_GetAttr(tensor_type.ptr(), name_.ptr()));
+      is_method_ = PyCallable_Check(descriptor_.ptr()) != 0;
+      if (Py_TYPE(descriptor_.ptr()) == &PyGetSetDescr_Type) {
+        attribute_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr())->d_getset;
+      } else if (Py_TYPE(descriptor_.ptr()) == &PyMethodDescr_Type) {
+        PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(descriptor_.ptr())->d_method;
+        if (method->ml_flags == METH_NOARGS) method_ = method->ml_meth;
+      }
+    }
+
+    py::object of(const py::object& tensor) const {
+      if (attribute_ != nullptr) return checked(attribute_->get(tensor.ptr(), attribute_->closure));
+      if (method_ != nullptr) return checked(method_(tensor.ptr(), nullptr));
+      return checked(is_method_ ? PyObject_CallMethodNoArgs(tensor.ptr(), name_.ptr())
+                                : PyObject_GetAttr(tensor.ptr(), name_.ptr()));
+    }
+
+   private:
+    py::str name_;
+    py::object descriptor_;
+    bool is_method_;
+    PyGetSetDef* attribute_ = nullptr;
+    PyCFunction method_ = nullptr;
+  };
+
+  static py::object called(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
+
+  static py::object called(const py::object& function, const py::object& argument) {
+    return checked(PyObject_CallOneArg(function.ptr(), argument.ptr()));
   }
 
-  static py::object read(const py::object& value, const py::str& attribute) {
-    return py::reinterpret_steal<py::object>(check(PyObject_GetAttr(value.ptr(), attribute.ptr())));
-  }
-
-  static py::object called(const py::object& value, const py::str& method) {
-    return py::reinterpret_steal<py::object>(check(PyObject_CallMethodNoArgs(value.ptr(), method.ptr())));
-  }
-
-  static PyObject* check(PyObject* result) {
-    if (result == nullptr) throw py::error_already_set();
-    return result;
-  }
-
-  uintptr_t address_of(const py::object& tensor) const {
-    return static_cast<uintptr_t>(number(called(tensor, data_ptr_)));
-  }
+  uintptr_t address_of(const py::object& tensor) const { return static_cast<uintptr_t>(integer(data_ptr_.of(tensor))); }
 
   bool is_tensor(PyObject* value) const { return PyObject_TypeCheck(value, type_of(tensor_type_)) != 0; }
 
@@ -513,37 +624,36 @@ class PlainSteer {
 
   // Contiguous, where the kernel can read it, and holding what it stands for rather than its negative.
   bool is_readable(const py::object& tensor, const py::object& dtype) const {
-    return read(tensor, dtype_).is(dtype) && read(tensor, is_cpu_).is(py::handle(Py_True)) &&
-           called(tensor, is_contiguous_).is(py::handle(Py_True)) && called(tensor, is_neg_).is(py::handle(Py_False));
+    const py::handle yes = Py_True, no = Py_False;
+    return dtype_.of(tensor).is(dtype) && is_cpu_.of(tensor).is(yes) && is_contiguous_.of(tensor).is(yes) &&
+           is_neg_.of(tensor).is(no);
   }
 
-  py::object bound_, program_, strengths_, tensor_type_, x_dtype_, mask_dtype_;
-  py::object strengths_dtype_;
-  int64_t width_, n_strengths_ = 0;
-  bool paused_ = false, cleared_ = false;
+  py::object bound_;
+  const BoundSteer& steer_;
+  py::object tensor_type_, x_dtype_, mask_dtype_, strengths_dtype_;
+  int64_t width_;
+  bool cleared_ = false;
   py::object empty_like_, is_grad_enabled_, get_num_threads_;
+  std::vector<py::object> count_modes_;
   std::vector<Seen> seen_;
-  py::str data_ptr_ = interned("data_ptr"), version_ = interned("_version"), shape_ = interned("shape"),
-          dtype_ = interned("dtype"), is_cpu_ = interned("is_cpu"), is_contiguous_ = interned("is_contiguous"),
-          is_neg_ = interned("is_neg"), numel_ = interned("numel");
-
-  static py::str interned(const char* name) {
-    return py::reinterpret_steal<py::str>(check(PyUnicode_InternFromString(name)));
-  }
+  Reader data_ptr_{tensor_type_, "data_ptr"}, version_{tensor_type_, "_version"}, shape_{tensor_type_, "shape"},
+      dtype_{tensor_type_, "dtype"}, is_cpu_{tensor_type_, "is_cpu"}, is_contiguous_{tensor_type_, "is_contiguous"},
+      is_neg_{tensor_type_, "is_neg"};
 };
 
-// Makes the cycle collector see what a PlainSteer holds.
+// Makes the cycle collector see what a Class holds.
+template <class Class>
 void collect_cycles(PyHeapTypeObject* heap_type) {
   PyTypeObject* type = &heap_type->ht_type;
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
     // Not yet constructed, it holds nothing.
-    return py::detail::is_holder_constructed(self) ? py::cast<const PlainSteer&>(py::handle(self)).visit(visit, arg)
-                                                   : 0;
+    return py::detail::is_holder_constructed(self) ? py::cast<const Class&>(py::handle(self)).visit(visit, arg) : 0;
   };
   type->tp_clear = [](PyObject* self) {
-    if (py::detail::is_holder_constructed(self)) py::cast<PlainSteer&>(py::handle(self)).clear();
+    if (py::detail::is_holder_constructed(self)) py::cast<Class&>(py::handle(self)).clear();
     return 0;
   };
 }
@@ -576,19 +686,19 @@ PYBIND11_MODULE(_C, module) {
       .def("run", &BoundReconstruct::run);
   module.def("steer", &steer);
   py::class_<SteerProgram>(module, "SteerProgram")
-      .def(py::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<float>, bool, int, float, bool,
-                    const std::vector<float>&>());
+      .def(py::init<const py::tuple&, const py::object&, const py::tuple&, bool, int, float, bool, bool>());
+  py::class_<SteerPlans>(module, "SteerPlans", py::custom_type_setup(&collect_cycles<SteerPlans>))
+      .def(py::init<py::object, py::object>())
+      .def("pause", &SteerPlans::pause);
   py::class_<BoundSteer>(module, "BoundSteer")
       .def(py::init<int, const py::tuple&, const py::object&, const py::object&, const py::tuple&, int64_t,
                     const py::object&, const py::object&>())
-      .def("run", &BoundSteer::run)
-      .def("run_each", &BoundSteer::run_each);
-  py::class_<PlainSteer>(module, "PlainSteer", py::custom_type_setup(&collect_cycles))
-      .def(py::init<py::object, py::object, py::object, const py::list&, py::object, py::object, py::object, int64_t,
+      .def("run", &BoundSteer::run);
+  py::class_<PlainSteer>(module, "PlainSteer", py::custom_type_setup(&collect_cycles<PlainSteer>))
+      .def(py::init<py::object, const py::list&, py::object, py::object, py::object, py::object, int64_t,
                     const py::tuple&>())
       .def("run", &PlainSteer::run)
-      .def("pause", &PlainSteer::pause)
-      .def("is_current", &PlainSteer::is_current);
+      .def("is_current", &PlainSteer::is_current, py::arg("adds") = false);
   module.def("sparse_training_step", &sparse_training_step);
   module.def("largest_entries", &largest_entries);
   module.def("adam_step", &adam_step);

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from saerec_fast import _C
-from saerec_fast.types.plan import OPS, Edit, SteeringPlan
+from saerec_fast.backend import MODE_COUNTERS
+from saerec_fast.types.plan import OPS, Direction, SteeringPlan
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INDEX_TYPE = {torch.int32: 0, torch.int64: 1}
@@ -374,22 +375,33 @@ def steer_program(plan: SteeringPlan) -> _C.SteerProgram:
     """The plan as the kernel reads it, made once and kept with the plan. A mask of positions is not part of it."""
     program: _C.SteerProgram | None = plan.__dict__.get("_program")
     if program is None:
-        directions = plan.directions
-        places = {j: -1 - i for i, (j, _) in enumerate(directions)}
-        features = [edit.feature if isinstance(edit, Edit) else places[j] for j, edit in enumerate(plan.edits)]
-        codes = [OPS.index(edit.op if isinstance(edit, Edit) else "add") for edit in plan.edits]
+        positions, limit, clip = plan.positions, plan.max_relative_norm, plan.on_excess == "clip"
+        named = isinstance(positions, str)
         program = _C.SteerProgram(
-            features,
-            codes,
-            list(plan.values),
+            plan.edits,
+            Direction,
+            OPS,
             plan.mode == "reconstruct",
-            int(isinstance(plan.positions, str) and plan.positions == "last"),
-            math.inf if plan.max_relative_norm is None else plan.max_relative_norm,
-            plan.on_excess == "clip",
-            [number for _, direction in directions for number in direction.vector.tolist()],
+            int(named and positions == "last"),
+            math.inf if limit is None else limit,
+            clip,
+            named and (limit is None or clip),
         )
         plan.__dict__["_program"] = program
     return program
+
+
+def steer_plans(plan: SteeringPlan | Sequence[SteeringPlan | None], strengths: Tensor | None = None) -> _C.SteerPlans:
+    """What ``PlainSteer.run`` and :class:`BoundSteer` steer by.
+
+    Args:
+        plan: for all sequences, or one (or ``None``) for each.
+        strengths: replace the values of the one plan: float32 ``(m,)`` or ``(B, m)``; read anew in every call of
+            ``PlainSteer.run``.
+    """
+    if isinstance(plan, SteeringPlan):
+        return _C.SteerPlans(steer_program(plan), strengths)
+    return _C.SteerPlans([None if one is None else steer_program(one) for one in plan], None)
 
 
 class BoundSteer:
@@ -410,7 +422,7 @@ class BoundSteer:
     ) -> None:
         self._kept, arguments = _autoencoder(W_enc, b_enc, b_dec, W_dec, threshold, k, packed)
         self._bound = _C.BoundSteer(*arguments)
-        self._run, self._run_each = self._bound.run, self._bound.run_each
+        self._run = self._bound.run
 
     def __call__(
         self,
@@ -441,36 +453,30 @@ class BoundSteer:
             valid = valid.contiguous()
         mask = 0 if valid is None else valid.data_ptr()
         place = x.data_ptr(), rows, row_stride, strides[-1], length, out.data_ptr()
-        if isinstance(plan, SteeringPlan):
-            data, stride = (
-                (0, 0) if values is None else (values.data_ptr(), values.shape[1] if values.dim() == 2 else 0)
-            )
-            relative = self._run(*place, steer_program(plan), data, stride, mask, torch.get_num_threads())
-        else:
-            programs = [None if one is None else steer_program(one) for one in plan]
-            relative = self._run_each(*place, programs, mask, torch.get_num_threads())
+        data, stride = (0, 0) if values is None else (values.data_ptr(), values.shape[1] if values.dim() == 2 else 0)
+        relative = self._run(*place, steer_plans(plan), data, stride, mask, torch.get_num_threads())
         return out, relative
 
-    def plain(
-        self, plan: SteeringPlan, values: Tensor | None, seen: list[tuple[dict[str, Any], str, Any]]
-    ) -> _C.PlainSteer:
-        """This call for one plan, for contiguous ``x`` and ``valid``, with the least that Python can do for it.
+    def plain(self, seen: list[tuple[dict[str, Any], str, Any, bool]]) -> _C.PlainSteer | None:
+        """This call for contiguous ``x`` and ``valid``, with the least that Python can do for it.
 
         Args:
-            plan: without a mask of positions, and without a limit that has to be reported.
-            values: as above, ``(m,)``; read anew in every call.
-            seen: dictionary, key and value of everything that this object was made from.
+            seen: dictionary, key and value of everything that this object was made from, and whether plans that only
+                add depend on it.
 
         Returns:
-            An object with ``run(x, valid)``, which returns ``None`` where one of ``seen`` was replaced or written to,
-            gradients are on, or a tensor is not what it takes.
+            An object with ``run(x, valid, plans)``, which returns ``None`` where one of ``seen`` was replaced or
+            written to, gradients or a mode that wants to see torch's calls are on, a tensor is not what it takes, or
+            the plans (of :func:`steer_plans`) are not for it. ``None`` where this torch does not tell its modes.
         """
         weight = self._kept[0]
         assert weight is not None
-        functions = torch.empty_like, torch.is_grad_enabled, torch.get_num_threads
-        program = steer_program(plan)
+        counters = [count for count in MODE_COUNTERS if count is not None]
+        if len(counters) < len(MODE_COUNTERS):
+            return None
+        functions = torch.empty_like, torch.is_grad_enabled, torch.get_num_threads, *counters
         return _C.PlainSteer(
-            self._bound, program, values, seen, Tensor, weight.dtype, torch.bool, weight.shape[1], functions
+            self._bound, seen, Tensor, weight.dtype, torch.bool, torch.float32, weight.shape[1], functions
         )
 
 

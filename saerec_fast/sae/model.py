@@ -26,7 +26,7 @@ from saerec_fast.api import (
     reconstruct,
     steer,
 )
-from saerec_fast.backend import KERNEL_DTYPES, choose, is_transformed
+from saerec_fast.backend import KERNEL_DTYPES, choose, is_transformed, is_watched
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
 from saerec_fast.reference import report_excess
 from saerec_fast.sae.activation_store import ActivationStore
@@ -377,7 +377,7 @@ class SparseAutoencoder(nn.Module):
         """:meth:`steer` in one kernel call, or ``None`` where it does not do all of what is asked for."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_neg() or self.training:
             return None
-        if is_transformed():
+        if is_transformed() or is_watched():
             return None
         if x.dim() not in (2, 3) or (torch.is_grad_enabled() and (x.requires_grad or self._needs_grad())):
             return None
@@ -413,41 +413,33 @@ class SparseAutoencoder(nn.Module):
             report_excess(relative, plan)
         return steered
 
-    def bind_steer(self, plan: SteeringPlan, strengths: Tensor) -> PlainSteer | None:
-        """:meth:`steer` for one plan with everything fixed but ``x`` and ``valid``: a forward pass then pays for little
-        beside the kernel.
-
-        Args:
-            plan: that fits this autoencoder.
-            strengths: float32 ``(m,)``, contiguous; read anew in every call.
+    def bind_steer(self) -> PlainSteer | None:
+        """:meth:`steer` with the autoencoder fixed: a forward pass then pays for little beside the kernel.
 
         Returns:
-            An object whose ``run(x, valid)`` takes ``x (B, length, d_model)`` or ``(B, d_model)`` and a bool mask or
-            ``None``. It returns ``None`` wherever it is not certain to do what :meth:`steer` does, such as with
-            gradients on, or after a parameter has changed (``is_current()`` is then false). ``None`` where no kernel
-            can do it.
+            An object whose ``run(x, valid, plans)`` takes ``x (B, length, d_model)`` or ``(B, d_model)``, a bool mask
+            or ``None``, and what ``steer_plans`` made of plans that fit this autoencoder. It returns ``None`` wherever
+            it is not certain to do what :meth:`steer` does, such as with gradients on, or after a parameter has changed
+            (``is_current()`` is then false). ``None`` where no kernel can do it.
         """
-        if isinstance(plan.positions, Tensor) or not (plan.max_relative_norm is None or plan.on_excess == "clip"):
+        if self.training or is_watched():
             return None
-        if tuple(strengths.shape) != (len(plan.edits),) or strengths.dtype != torch.float32 or not strengths.is_cpu:
-            return None
-        if self.training:
-            return None
-        bound = self._bound_kernels(self.W_enc.dtype) if strengths.is_contiguous() else None
+        bound = self._bound_kernels(self.W_enc.dtype)
         if bound is None:
             return None
         attributes = self.__dict__
-        # The kept kernels are there only as long as nobody asked for new ones.
-        names = ("training", "_activation", "_bound")
+        # The kept kernels are there only as long as nobody asked for new ones. Plans that only add read the decoder and
+        # what it is folded with.
         seen = [
-            *((attributes, name, attributes[name]) for name in names),
-            *((self._parameters, name, self._parameters[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")),
-            *((self._buffers, name, self._buffers[name]) for name in ("threshold", "mean", "std")),
+            *((attributes, name, attributes[name], True) for name in ("training", "_activation", "_bound")),
+            *((self._parameters, name, self._parameters[name], False) for name in ("W_enc", "b_enc", "b_dec")),
+            (self._parameters, "W_dec", self._parameters["W_dec"], True),
+            *((self._buffers, name, self._buffers[name], name == "std") for name in ("threshold", "mean", "std")),
             # Forward-mode derivatives; tensors of other transforms do not tell their address.
-            (forward_ad.__dict__, "_current_level", -1),
+            (forward_ad.__dict__, "_current_level", -1, True),
         ]
         try:
-            plain = bound.steer.plain(plan, strengths, seen)
+            plain = bound.steer.plain(seen)
         except RuntimeError:  # a tensor of inference mode does not tell whether it was written to
             return None
         # What was seen belongs to these kernels only if they are still the ones to use.

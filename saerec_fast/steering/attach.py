@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from saerec_fast.api import steer_plans
 from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.steering.sites import NoPadding, Valid, known_padding
 from saerec_fast.types import Edit, SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
 
 if TYPE_CHECKING:
-    from saerec_fast._C import PlainSteer
+    from saerec_fast._C import PlainSteer, SteerPlans
 
 Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
@@ -61,7 +62,8 @@ class _State:
         everywhere: that at all positions.
         strengths: what the edits do by how much.
         owns_strengths: whether they are a copy, which may be written to.
-        plain: all of it as one call, made by the first forward pass that could have used it.
+        plans, plain: plan and strengths as the bound call reads them, and that call; both made by the first forward
+            pass that could have used them.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class _State:
         everywhere: SteeringPlan,
         strengths: Tensor,
         owns_strengths: bool,
+        plans: SteerPlans | None = None,
         plain: PlainSteer | None = None,
     ) -> None:
         self.plan = plan
@@ -78,10 +81,11 @@ class _State:
         self.everywhere = everywhere
         self.strengths = strengths
         self.owns_strengths = owns_strengths
+        self.plans = plans
         self.plain = plain
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plain": None}
+        return {**self.__dict__, "plans": None, "plain": None}
 
 
 class SteeringHandle:
@@ -261,25 +265,27 @@ class SteeringHandle:
 
     def _write(self, state: _State, plan: SteeringPlan, strengths: Tensor) -> None:
         """Take other values for the same structure."""
-        current, owns, plain = state.strengths, state.owns_strengths, state.plain
+        current, owns, plans, plain = state.strengths, state.owns_strengths, state.plans, state.plain
         if owns and not strengths.requires_grad and strengths.shape == current.shape:
-            if plain is not None:
-                plain.pause(True)
+            if plans is not None:
+                plans.pause(True)
             try:
                 with torch.no_grad():
                     current.copy_(strengths)
             finally:
-                if plain is not None:
-                    plain.pause(False)
+                if plans is not None:
+                    plans.pause(False)
         else:
-            (current, owns), plain = _adopted(strengths), None
-        self._state = _State(plan, state.traced_plan, state.everywhere, current, owns, plain)
+            (current, owns), plans, plain = _adopted(strengths), None, None
+        self._state = _State(plan, state.traced_plan, state.everywhere, current, owns, plans, plain)
 
     def _bind_call(self, state: _State) -> None:
-        """Make the one call for what is in force; not while values change, and not for what has been replaced."""
+        """Make the bound call; not while values change, and not for what has been replaced."""
         with _values:
             if state is self._state and self._attached:
-                state.plain = self._sae.bind_steer(state.traced_plan, state.strengths)
+                if state.plans is None:
+                    state.plans = steer_plans(state.traced_plan, state.strengths)
+                state.plain = self._sae.bind_steer()
 
     def _enter_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._attached:
@@ -350,18 +356,23 @@ class SteeringHandle:
 
     def _steer(self, x: Tensor) -> Tensor:
         # A compiled graph must not depend on whether there is a plain call yet.
-        if is_compiling() or _requests():
+        if is_compiling():
             return self._steer_any(x, self._state)
         state = self._state
         plain = state.plain
         if plain is not None:
+            plans = state.plans
+            for key, plan, strengths in reversed(_requests()):
+                if key == self._key:
+                    plans = steer_plans(state.traced_plan if plan is None else plan, strengths)
+                    break
             mask: Any = None
             if self._valid is not None:
                 mask = False  # without a mask, or with a None, it is for _steer_any to say what is wrong
                 for key, of_call in _masks():  # the innermost is the last
                     if key == self._key:
                         mask = None if of_call is NoPadding else False if of_call is None else of_call
-            steered = plain.run(x, mask)
+            steered = None if plans is None else plain.run(x, mask, plans)
             if steered is not None:
                 return steered
         steered = self._steer_any(x, state)

@@ -10,15 +10,20 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saerec_fast import reference
+from saerec_fast.api import steer_plans
 from saerec_fast.sae import SparseAutoencoder
 from saerec_fast.steering import SteeringHandle, attach
 from saerec_fast.types import BatchTopK, Direction, Edit, JumpReLU, ReLU, SteeringPlan, TopK
@@ -905,11 +910,12 @@ class TestPlainCall:
 
     def test_negative_views_are_read_as_what_they_stand_for(self, sae: SparseAutoencoder) -> None:
         plan, x = SteeringPlan(EDITS), torch.randn(2, 3, sae.d_model)
-        plain = sae.bind_steer(plan, torch.tensor([edit.value for edit in EDITS]))
+        plain, plans = sae.bind_steer(), steer_plans(plan)
         assert plain is not None
-        assert plain.run(x, None) is not None
+        assert plans is not None
+        assert plain.run(x, None, plans) is not None
         negative = torch._neg_view(x)
-        assert plain.run(negative, None) is None
+        assert plain.run(negative, None, plans) is None
         assert torch.equal(sae.steer(negative, plan), sae.steer(-x, plan))
 
     def test_buffers_of_somebody_else_do_not_matter(self, model: Model, sae: SparseAutoencoder) -> None:
@@ -922,8 +928,17 @@ class TestPlainCall:
             assert handle._state.plain is not None
         assert handle._state.plain is None
 
-    def test_strengths_that_do_not_fit_the_plan_are_not_bound(self, sae: SparseAutoencoder) -> None:
-        assert sae.bind_steer(SteeringPlan(EDITS), torch.zeros(len(EDITS) + 1)) is None
+    @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 5), (2, 1, 4), ()], ids=str)
+    def test_strengths_that_do_not_fit_are_not_taken(self, sae: SparseAutoencoder, shape: tuple[int, ...]) -> None:
+        plain, x = sae.bind_steer(), torch.randn(2, 3, sae.d_model)
+        assert plain is not None
+        for fitting in ((4,), (2, 4)):
+            plans = steer_plans(SteeringPlan(EDITS), torch.zeros(fitting))
+            assert plans is not None
+            assert plain.run(x, None, plans) is not None
+        plans = steer_plans(SteeringPlan(EDITS), torch.zeros(shape))
+        assert plans is not None
+        assert plain.run(x, None, plans) is None
 
     def test_a_plan_that_comes_while_another_is_bound(
         self, model: Model, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch
@@ -957,6 +972,265 @@ class TestPlainCall:
             for _ in range(3):
                 with pytest.raises(ValueError, match="times its norm"):
                     model(TOKENS)
+
+
+class TestPlainRequests:
+    """The same of what requests ask for: plans of one pass, by the bound call, are what they are without it."""
+
+    LAST = SteeringPlan([Edit(2, "add", -2.0), Direction([1.0] * WIDTH, 0.5)], positions="last")
+    WHOLE = SteeringPlan([Edit(3, "clamp_max", 0.2), Edit(9, "set", 2.0)], mode="reconstruct")
+    CLIPPED = SteeringPlan([Edit(2, "add", 50.0)], max_relative_norm=0.5, on_excess="clip")
+    PER_ROW = torch.arange(16.0).reshape(4, 4)
+
+    @pytest.fixture(autouse=True)
+    def _without_gradients(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    @staticmethod
+    def only_bound(handles: Sequence[SteeringHandle], forward: Callable[[], Tensor]) -> Tensor:
+        """What ``forward`` returns where nothing but the bound calls can steer."""
+        for handle in handles:
+            handle._steer_any = None  # type: ignore[method-assign, assignment]
+        try:
+            return forward()
+        finally:
+            for handle in handles:
+                del handle._steer_any
+
+    @staticmethod
+    def without_bound(handles: Sequence[SteeringHandle], forward: Callable[[], Tensor]) -> Tensor:
+        for handle in handles:
+            handle._state.plain = None
+        return forward()
+
+    def check(self, handles: Sequence[SteeringHandle], forward: Callable[[], Tensor]) -> Tensor:
+        expected = self.without_bound(handles, forward)
+        assert same_bits(self.only_bound(handles, forward), expected)
+        return expected
+
+    @pytest.mark.parametrize(
+        "requests",
+        [
+            pytest.param([{"plan": LAST}], id="one"),
+            pytest.param([{"plan": SteeringPlan()}], id="empty"),
+            pytest.param([{"plan": [LAST, None, WHOLE, CLIPPED]}], id="rows"),
+            pytest.param([{"plan": [None, LAST, LAST, SteeringPlan()]}], id="one for two rows"),
+            pytest.param([{"plan": [None] * 4}], id="none"),
+            pytest.param([{"strengths": [1.0, 2.0, 3.0, 4.0]}], id="strengths"),
+            pytest.param([{"strengths": PER_ROW}], id="strengths of rows"),
+            pytest.param([{"plan": WHOLE, "strengths": PER_ROW[:, :2].contiguous()}], id="plan, strengths of rows"),
+            pytest.param([{"plan": LAST, "strengths": PER_ROW[:, :2].contiguous()}], id="last, strengths of rows"),
+            pytest.param([{"plan": LAST}, {"plan": [WHOLE, None, LAST, None]}], id="nested plans"),
+            pytest.param([{"plan": [WHOLE] * 4}, {"strengths": PER_ROW}], id="nested strengths"),
+        ],
+    )
+    @pytest.mark.parametrize("activation", [None, TopK(4), JumpReLU(0.2)], ids=["relu", "topk", "jumprelu"])
+    @pytest.mark.parametrize("valid", [None, is_item], ids=["no mask", "mask"])
+    def test_same_bits(self, model: Model, activation: Any, valid: Any, requests: list[dict[str, Any]]) -> None:
+        sae = make_sae(activation)
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=valid)
+        own = model(TOKENS)
+        with ExitStack() as stack:
+            for request in requests:
+                stack.enter_context(handle.request(**request))
+            steered = self.check([handle], lambda: model(TOKENS))
+            assert not same_bits(steered, own)
+            plans = requests[-1].get("plan")
+            if isinstance(plans, list):
+                for row, plan in enumerate(plans):
+                    with handle.request(plan or SteeringPlan()):
+                        assert torch.equal(steered[row], model(TOKENS)[row])
+        assert same_bits(self.check([handle], lambda: model(TOKENS)), own)
+
+    def test_hidden_states_without_a_sequence(self, sae: SparseAutoencoder) -> None:
+        host, x = nn.Sequential(nn.Identity()), torch.randn(3, WIDTH)
+        handle = attach(host, "0", sae, SteeringPlan(EDITS))
+        for request in ({"plan": [self.WHOLE, None, self.CLIPPED]}, {"strengths": self.PER_ROW[:3]}):
+            with handle.request(**request):  # type: ignore[arg-type]
+                assert not same_bits(self.check([handle], lambda: host(x)), x)
+        with handle.request([None, self.LAST, None]):
+            for _ in range(2):
+                with pytest.raises(ValueError, match="'last' needs hidden states"):
+                    host(x)
+
+    def test_empty_batch(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        for request in ({"plan": []}, {"plan": self.LAST}, {"strengths": torch.zeros(0, 4)}):
+            with handle.request(**request):  # type: ignore[arg-type]
+                assert self.check([handle], lambda: model(TOKENS[:0])).shape == (0, 5, 5)
+
+    def test_errors_come_all_the_same(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        expected = [model(TOKENS) for _ in range(2)][-1]
+        rejects = SteeringPlan([Edit(2, "add", 50.0)], max_relative_norm=0.5, on_excess="reject")
+        masked = SteeringPlan(EDITS, positions=torch.ones(4, dtype=torch.bool))
+        for request, message in (
+            ({"plan": [None, self.LAST, None]}, r"a plan or None for each of \(4,\), got 3"),
+            ({"strengths": self.PER_ROW[:3]}, r"strengths: expected \(4, 4\), one row for each"),
+            ({"plan": [None, None, rejects, None]}, "times its norm"),
+            ({"plan": rejects}, "times its norm"),
+            ({"plan": [None, masked, None, None]}, r"positions: expected a mask of shape \(5,\)"),
+            ({"plan": masked}, "positions: expected"),
+        ):
+            with handle.request(**request):  # type: ignore[arg-type]
+                for _ in range(2):
+                    with pytest.raises(ValueError, match=message):
+                        model(TOKENS)
+            assert same_bits(self.only_bound([handle], lambda: model(TOKENS)), expected)
+
+    def test_strengths_written_to_or_given_other_memory(self, model: Model, sae: SparseAutoencoder) -> None:
+        requested, learnt = torch.ones(4, 4), nn.Parameter(torch.ones(4, 4))
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        with handle.request(strengths=requested):
+            self.check([handle], lambda: model(TOKENS))
+            requested.copy_(self.PER_ROW)
+            expected = self.check([handle], lambda: model(TOKENS))
+        handle.update(strengths=learnt)
+        before = self.check([handle], lambda: model(TOKENS))
+        learnt.copy_(self.PER_ROW)
+        assert same_bits(self.only_bound([handle], lambda: model(TOKENS)), expected)
+        learnt.data = torch.ones(4, 4)
+        assert same_bits(self.only_bound([handle], lambda: model(TOKENS)), before)
+        learnt.data = self.PER_ROW.clone().t()
+        assert same_bits(model(TOKENS), self.without_bound([handle], lambda: model(TOKENS)))
+        learnt.data = torch.ones(2, 8)
+        with pytest.raises(ValueError, match=r"strengths: expected \(4, 4\)"):
+            model(TOKENS)
+
+    def test_strengths_of_rows_of_the_handle(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), strengths=torch.zeros(4, 4))
+        before = self.check([handle], lambda: model(TOKENS))
+        handle.update(strengths=self.PER_ROW)
+        after = self.only_bound([handle], lambda: model(TOKENS))
+        assert same_bits(after, self.without_bound([handle], lambda: model(TOKENS)))
+        assert not torch.equal(after[1:], before[1:])
+        with pytest.raises(ValueError, match=r"strengths: expected \(3, 4\), one row for each"):
+            model(TOKENS[:3])
+
+    def test_two_handles(self, model: Model, sae: SparseAutoencoder) -> None:
+        handles = [attach(model, f"blocks.{i}", sae, SteeringPlan(EDITS), valid=is_item) for i in (0, 1)]
+        own = self.check(handles, lambda: model(TOKENS))
+        with handles[0].request([self.LAST, None, None, self.WHOLE]):
+            outer = self.check(handles, lambda: model(TOKENS))
+            with handles[1].request(strengths=self.PER_ROW):
+                both = self.check(handles, lambda: model(TOKENS))
+            assert same_bits(model(TOKENS), outer)
+        assert not torch.equal(own, outer)
+        assert not torch.equal(both, outer)
+
+    def test_threads_with_plans_of_their_own(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item)
+        requests = [
+            [SteeringPlan([Edit(i, "set", 1.0 + i)]), None, self.LAST, None][:: 1 - 2 * (i % 2)] for i in range(6)
+        ]
+        expected = []
+        for plans in requests:
+            with handle.request(plans):
+                expected.append(self.check([handle], lambda: model(TOKENS)))
+        wrong: list[int] = []
+
+        @torch.no_grad()
+        def work(i: int) -> None:
+            for _ in range(50):
+                with handle.request(requests[i]):
+                    wrong.extend([i] * (not same_bits(model(TOKENS), expected[i])))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert not any(same_bits(one, expected[0]) for one in expected[1:])
+
+    def test_adding_depends_on_what_it_reads_alone(self, model: Model) -> None:
+        sae = make_sae(mean=0.3, std=1.7)
+        handle = attach(model, "blocks.0", sae, SteeringPlan([Edit(7, "add", 1.5)]))
+        steered = self.check([handle], lambda: model(TOKENS))
+        for changed in (sae.W_enc, sae.b_enc, sae.b_dec, sae.mean):
+            changed.mul_(1.5)
+            assert same_bits(self.only_bound([handle], lambda: model(TOKENS)), steered)
+        with handle.request(self.WHOLE), pytest.raises(TypeError, match="NoneType"):
+            self.only_bound([handle], lambda: model(TOKENS))
+        for changed in (sae.W_dec, sae.std):
+            changed.mul_(1.5)
+            with pytest.raises(TypeError, match="NoneType"):
+                self.only_bound([handle], lambda: model(TOKENS))
+            assert not torch.equal(self.check([handle], lambda: model(TOKENS)), steered)
+            steered = model(TOKENS)
+        sae.activation = BatchTopK(2)  # without a threshold, nothing is steered
+        with pytest.raises(ValueError, match="threshold"):
+            model(TOKENS)
+
+    def test_learnt_strengths_that_hold_the_handle_are_collected(self, model: Model, sae: SparseAutoencoder) -> None:
+        strengths = nn.Parameter(torch.ones(4))
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), strengths=strengths)
+        model(TOKENS), model(TOKENS)
+        assert handle._state.plans is not None
+        strengths.handle = handle  # type: ignore[attr-defined]
+        alive = weakref.ref(handle)
+        model.blocks[0]._forward_hooks.clear()
+        del handle, strengths
+        gc.collect()
+        assert alive() is None
+
+
+class TestModes:
+    """Modes that look at torch's calls see the steering too, bound or not."""
+
+    @pytest.fixture(autouse=True)
+    def _without_gradients(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    @pytest.mark.parametrize("kind", [TorchDispatchMode, TorchFunctionMode])
+    @pytest.mark.parametrize(
+        "plan", [SteeringPlan(EDITS), [SteeringPlan(EDITS), None, None, None]], ids=["one", "rows"]
+    )
+    def test_see_the_op(self, model: Model, sae: SparseAutoencoder, kind: Any, plan: Any) -> None:
+        seen: list[str] = []
+
+        class Mode(kind):  # type: ignore[misc]
+            def see(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+            __torch_dispatch__ = __torch_function__ = see
+
+        handle = attach(model, "blocks.0", sae, SteeringPlan())
+        for _ in range(2):
+            model(TOKENS)
+        with handle.request(plan):
+            expected = model(TOKENS)
+            with Mode():
+                steered = model(TOKENS)
+            torch.testing.assert_close(steered, expected)
+            assert sum("saerec_fast" in name for name in seen) == 1
+            n_seen = len(seen)
+            assert same_bits(model(TOKENS), expected)
+        assert len(seen) == n_seen
+
+    def test_fake_tensors(self, model: Model, sae: SparseAutoencoder) -> None:
+        attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item)
+        for _ in range(2):
+            model(TOKENS)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            output = model(mode.from_tensor(TOKENS))
+        assert isinstance(output, FakeTensor)
+        assert output.shape == (4, 5, 5)
+        expected = from_block_0(
+            model, sae.steer(through_block_0(make_model(), TOKENS), SteeringPlan(EDITS), valid=is_item(TOKENS))
+        )
+        assert all(torch.equal(model(TOKENS), expected) for _ in range(2))
+
+    def test_autocast(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        model(TOKENS), model(TOKENS)
+        with torch.autocast("cpu", torch.bfloat16):
+            steered = model(TOKENS)
+            handle._state.plain = None
+            assert torch.equal(steered, model(TOKENS))
 
 
 # torch has decompositions of its own scripted when forward-mode derivatives are asked for first.
