@@ -23,11 +23,14 @@ struct Range {
 
 template <class Sink>
 void screen_range(const EncodeTask& task, const Range& range, Sink& sink) {
+  const int64_t tiles_of_rows = (task.x.rows + kRowTile - 1) / kRowTile;
+  CodeStream coming(task, range.first + range.padded, range_features(task.x.cols),
+                    range.padded / kFeatureBlock * tiles_of_rows);
   int64_t row = 0;
   const auto tiles = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     for (; row + kRows <= task.x.rows; row += kRows) {
-      screen_tile<kRows>(task, row, range.first, range.first + range.count, range.padded);
+      screen_tile<kRows>(task, row, range.first, range.first + range.count, range.padded, coming);
       for (int i = 0; i < kRows; ++i) {
         if (task.screens[row + i].usable) {
           sink.screened(row + i, task.uppers + i * range.padded);
@@ -66,17 +69,25 @@ void sweep(const EncodeTask& task, Sink& sink) {
 }
 
 // Elements of weight rows beyond those of k candidates above which two steps of scoring beat one.
-constexpr int64_t kMinSurplus = 2048;
+constexpr int64_t kMinSurplus = 3072;
 
 struct TopKSink {
   TopKTask& task;
   Range range = {};
   float max_margin = 0.0f;  // of all ranges so far
   float guess = 0.5f;       // see group_bound
+  // Bounds are raised where a quarter more ranges have been seen than the last time: in between they would rise by
+  // little. Few ranges: by each; always by the last.
+  int64_t ranges_seen = 0;
+  int64_t next_raise = 0;
+  bool raises = false;
 
   void begin(const Range& next) {
     range = next;
     if (task.encode.packed == nullptr) return;
+    raises = range.last || ranges_seen >= next_raise;
+    ++ranges_seen;
+    if (raises) next_raise = ranges_seen + ranges_seen / 4;
     Vec largest = set1(max_margin);
     for (int64_t i = 0; i < range.padded; i += kLanes) {
       largest = maximum(largest, load(F32{}, task.encode.packed->margins + range.first + i));
@@ -124,6 +135,7 @@ struct TopKSink {
     const int64_t groups = group_count(candidates.k);
     float* maxima = candidates.maxima + row * groups;
     take_maxima(maxima, groups, uppers, range.padded);
+    if (!raises) return;
     const float reached = group_bound(maxima, groups, candidates.k, candidates.bounds[row], guess);
     candidates.reached[row] = reached;
     if (reached != -__builtin_inff()) {
@@ -162,7 +174,7 @@ struct TopKSink {
     const Vec reached = set1(candidates.reached[row]);
     const auto promising = [&](int64_t i) { return at_least(load(F32{}, uppers + i), reached); };
     const int64_t chosen = score_where(row, features, pending, promising);
-    if (chosen >= candidates.k) raise_to(row, smallest_of(task.scores, chosen));
+    if (chosen >= candidates.k) raise_to(row, kth_largest(task.scores, chosen));
     const Vec bound = set1(candidates.bounds[row]);
     const auto reaching = [&](int64_t i) { return at_least(load(F32{}, uppers + i), bound); };
     score_where(row, features, pending, [&](int64_t i) { return reaching(i) & ~promising(i); });
@@ -195,6 +207,12 @@ struct TopKSink {
     const float scaled = score * task.encode.screens[row].inverse_step;
     const float lowered = scaled - absolute(scaled) * 8.0f * kRounding;
     if (lowered > bound) bound = lowered;
+  }
+
+  float kth_largest(const float* scores, int64_t count) {
+    const TopKCandidates& candidates = task.candidates;
+    fill_keys(candidates.keys, scores, count);
+    return key_to_value(kth_largest_key(candidates.keys, count, candidates.k));
   }
 
   static float smallest_of(const float* scores, int64_t count) {

@@ -33,6 +33,7 @@ constexpr float kSmallest = 8.8817842e-16f;     // 2^-50
 constexpr float kRounding = 1.1920929e-7f;      // 2^-23
 constexpr float kBiasRounding = 7.6293945e-6f;  // 2^-17, of a bias in units of a step, added to a score
 constexpr float kUnderflow = 1e-30f;
+constexpr int64_t kCacheLine = 64;
 
 inline float square_root(float value) {
 #if defined(SAEREC_TIER_AVX2) || defined(SAEREC_TIER_AVX512)
@@ -148,15 +149,46 @@ inline void screen_block(const uint8_t* codes, int64_t quads, const int8_t* x_co
   }
 }
 
+// Codes on their way into the second-level cache, some lines with each block of features that a tile of rows passes:
+// all rows then find the next range's codes there, where the first tile of them would have waited for each line to come
+// from the third-level cache or memory.
+class CodeStream {
+ public:
+  CodeStream() = default;
+
+  // The codes of up to `count` features from `first` on, spread over `blocks` blocks.
+  CodeStream(const EncodeTask& task, int64_t first, int64_t count, int64_t blocks) {
+    const int64_t feature_bytes = 4 * task.packed->quads, left = task.feature_end - first;
+    // For a single tile they would only come twice as far.
+    if (left <= 0 || task.x.rows <= kRowTile) return;
+    next_ = task.packed->codes + first * feature_bytes;
+    lines_left_ = (left < count ? left : count) * feature_bytes / kCacheLine;
+    lines_per_block_ = (lines_left_ + blocks - 1) / blocks;
+  }
+
+  void advance() {
+    const int64_t lines = lines_left_ < lines_per_block_ ? lines_left_ : lines_per_block_;
+    for (int64_t line = 0; line < lines; ++line) prefetch_second_level(next_ + line * kCacheLine);
+    next_ += lines * kCacheLine;
+    lines_left_ -= lines;
+  }
+
+ private:
+  const uint8_t* next_ = nullptr;
+  int64_t lines_left_ = 0;
+  int64_t lines_per_block_ = 0;
+};
+
 // Uppers of rows [row, row + Rows) for features [first, last) into task.uppers, rows `stride` apart.
 template <int Rows>
-void screen_tile(const EncodeTask& task, int64_t row, int64_t first, int64_t last, int64_t stride) {
+void screen_tile(const EncodeTask& task, int64_t row, int64_t first, int64_t last, int64_t stride, CodeStream& coming) {
   const PackedView& packed = *task.packed;
   const int64_t x_stride = 4 * packed.quads;
   for (int64_t feature = first; feature < last; feature += kFeatureBlock) {
     screen_block<Rows>(packed.codes + feature * x_stride, packed.quads, task.x_codes + row * x_stride, x_stride,
                        task.screens + row, packed.scales + feature, packed.biases + feature, packed.margins + feature,
                        task.uppers + (feature - first), stride);
+    coming.advance();
   }
 }
 

@@ -86,7 +86,8 @@ struct OutscoredSweep {
     const EncodeTask& encode = task.encode;
     const int64_t stride = last - first;
     for (; row + Rows <= active; row += Rows) {
-      screen_tile<Rows>(encode, row, first, last, stride);
+      CodeStream none;  // the next features may not be needed
+      screen_tile<Rows>(encode, row, first, last, stride, none);
       for (int i = 0; i < Rows; ++i) {
         const float* uppers = encode.uppers + i * stride;
         const float* margins = encode.packed->margins + first;
