@@ -19,7 +19,15 @@ CUDA_BUILD := build/cuda
 # packages it lacks.
 GPU_PYTHON ?= python3
 GPU_BUILD := build/gpu
-GPU_TESTS ?= $(wildcard tests/kernels/cuda tests/kernels/triton)
+GPU_INSTALL = env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(GPU_PYTHON) -m pip install -q --no-index --no-deps \
+  --target $(GPU_BUILD)/site
+# Warnings of its libraries, other versions than here, are no errors of ours.
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -q -W default --tb=short
+GPU_PEERS := sae-lens eai-sparsify dictionary-learning transformer-lens better-abc docstring-parser simple-parsing \
+  natsort schedulefree datasets dill multiprocess requests charset-normalizer
+GPU_PLATFORMS := _2_28 _2_17 2014
+space := $(subst ,, )
+SANITIZERS := memcheck racecheck synccheck
 
 # pip older than 25.3 takes the versions in its isolated build environments from the first, newer ones from the second.
 export PIP_CONSTRAINT := constraints.txt
@@ -27,7 +35,8 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo bench bench-quick bench-steering bench-memory cuda gpu gpu-build gpu-test gpu-sanitize lint format
+.PHONY: help setup test demo bench bench-quick bench-steering bench-memory cuda lint format
+.PHONY: gpu gpu-wheels gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-sanitize $(SANITIZERS:%=gpu-sanitize-%)
 .PHONY: sanitize sanitize-thread symbols wheel clean
 
 help:
@@ -113,33 +122,49 @@ cuda: setup
 	  --config-settings=cmake.define.SAEREC_WERROR=ON --config-settings=build-dir=$(CUDA_BUILD)
 	SAEREC_CUDA_MODULE=$(CUDA_BUILD)/site $(BIN)/python -m pytest -q tests/kernels/cuda/test_cuda_extension.py
 
-# Tests and benchmarks import what was built, not the sources: PYTHONSAFEPATH keeps the working directory off the path.
-gpu gpu-build gpu-test gpu-sanitize: export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site
-gpu gpu-build gpu-test gpu-sanitize: export PYTHONSAFEPATH := 1
-gpu gpu-test gpu-sanitize: export SAEREC_REQUIRE_GPU := 1
+# Tests and benchmarks import what was built, or, where that failed, the sources; PYTHONSAFEPATH keeps the working directory
+# from coming first.
+GPU_TARGETS := gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-sanitize $(SANITIZERS:%=gpu-sanitize-%)
+$(GPU_TARGETS): export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site:$(CURDIR)
+$(GPU_TARGETS): export PYTHONSAFEPATH := 1
+$(GPU_TARGETS): export PATH := $(PATH):/usr/local/cuda/bin
+# Not where it measures: the ways say themselves what they lack.
+$(filter-out gpu,$(GPU_TARGETS)): export SAEREC_REQUIRE_GPU := 1
+# Runs the targets below, each for a limited time, and measures after that.
 gpu:
-	@env -u PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py --check
-	$(MAKE) gpu-build
-	$(MAKE) gpu-test
-	$(MAKE) gpu-sanitize
-	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) benchmarks/gpu.py --out $(RESULTS)
 
+# A wheel that cannot be installed is missing in the report.
 gpu-build:
 	rm -rf $(GPU_BUILD)/site
-	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_BUILD)/site $(WHEELS)/*.whl)
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT PATH="$$PATH:/usr/local/cuda/bin" $(GPU_PYTHON) -m pip install -q \
-	  --no-index --no-deps --no-build-isolation --upgrade --target $(GPU_BUILD)/site . \
+	$(if $(WHEELS),$(GPU_INSTALL) --no-compile $(WHEELS)/*.whl || \
+	  for wheel in $(WHEELS)/*.whl; do $(GPU_INSTALL) --no-compile --upgrade "$$wheel" || true; done)
+	$(GPU_INSTALL) --no-build-isolation --upgrade . \
 	  --config-settings=cmake.define.SAEREC_CUDA=ON --config-settings=build-dir=$(GPU_BUILD)/cmake
 
-gpu-test:
-	$(GPU_PYTHON) -m pytest -q $(GPU_TESTS) -k "not emulated" $(ARGS)
+# For a machine without network: the libraries that are measured beside saerec_fast and what their SAEs import, for the
+# Python and the packages that it has.
+gpu-wheels:
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
+	  $(GPU_PLATFORMS:%=--platform manylinux%_x86_64) -d $(WHEELS) \
+	  $$(grep -E '^($(subst $(space),|,$(GPU_PEERS)))==' benchmarks/requirements.txt)
+
+gpu-test: gpu-test-cuda gpu-test-triton
+
+# After a fault on the device all that follows in the same process fails as well.
+gpu-test-cuda: GPU_TESTS := tests/kernels/cuda/test_cuda_extension.py tests/kernels/cuda/test_cuda_steer.py
+gpu-test-triton: GPU_TESTS := tests/kernels/triton/interpreted/test_triton_device.py
+gpu-test-cuda gpu-test-triton:
+	$(GPU_PYTEST) --maxfail=20 $(GPU_TESTS) -k "not emulated" $(ARGS)
+
+gpu-sanitize:
+	@command -v compute-sanitizer || echo 'make gpu: no compute-sanitizer on this machine, skipped'
+	! command -v compute-sanitizer > /dev/null || $(MAKE) -k -j -Otarget $(SANITIZERS:%=gpu-sanitize-%)
 
 # On the sizes on integers; without torch's cache each tensor is an allocation of its own, and what lies beyond it shows.
-gpu-sanitize:
-	@command -v compute-sanitizer > /dev/null || echo 'make gpu: no compute-sanitizer on this machine, skipped'
-	for tool in memcheck racecheck synccheck; do ! command -v compute-sanitizer > /dev/null || \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	  $(GPU_PYTHON) -m pytest -q tests/kernels/cuda/test_cuda_steer.py -k "on_device and sizes and float32" || exit 1; done
+$(SANITIZERS:%=gpu-sanitize-%): gpu-sanitize-%:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --error-exitcode 9 \
+	  $(GPU_PYTEST) tests/kernels/cuda/test_cuda_steer.py -k "on_device and sizes and float32"
 
 lint: setup
 	$(BIN)/ruff check

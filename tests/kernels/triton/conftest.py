@@ -1,4 +1,7 @@
-"""What is in interpreted/ needs TRITON_INTERPRET=1 before anything imports triton; test_interpreter.py starts it so."""
+"""What is in interpreted/ needs TRITON_INTERPRET=1 before anything imports triton; test_interpreter.py starts it so.
+
+`make gpu` runs test_triton_device.py there without it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if os.environ.get("TRITON_INTERPRET") != "1" and os.environ.get("SAEREC_REQUIRE_GPU") != "1":
     collect_ignore_glob = ["interpreted/*"]
 
 Command = tuple[str, ...]
