@@ -279,6 +279,23 @@ def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error))
 
 
+def test_what_an_interrupted_call_had_queued_is_dropped() -> None:
+    ran: list[tuple[str, list[int]]] = []
+
+    def run(kind: str, items: list[int]) -> list[int]:
+        ran.append((kind, items))
+        if kind == "a":
+            raise KeyboardInterrupt
+        return items
+
+    combiner: Combiner[str, int, int] = Combiner(run, {"a": 8, "b": 8})
+    with pytest.raises(KeyboardInterrupt):
+        combiner([("a", 1), ("b", 2)])
+    assert combiner([("b", 3)]) == [3]
+    assert ran == [("a", [1]), ("b", [3])]
+    assert is_idle(combiner)
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_interrupts_anywhere_strand_nobody(at_once: int) -> None:
     """Threads are interrupted at random places, most of them in the combiner; the others get all their results."""
