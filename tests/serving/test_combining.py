@@ -395,6 +395,18 @@ def test_a_fork_within_a_pass() -> None:
     assert status_of(children[0]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_while_the_lock_is_held() -> None:
+    combiner: Combiner[str, int, int] = Combiner(lambda kind, items: [2 * i for i in items], {"a": 8})
+    with combiner._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if combiner([("a", 4)]) == [8] else 1)
+    assert status_of(child) == 0
+    assert combiner([("a", 5)]) == [10]
+
+
 def status_of(child: int) -> int:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
