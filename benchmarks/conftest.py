@@ -53,8 +53,6 @@ def measure(benchmark: Any) -> Callable[[str, Any, int, str], None]:
     def run(task_name: str, case: Any, threads: int, way_name: str) -> None:
         task = TASKS[task_name]
         way = task.ways[way_name]
-        if way.compiled and threads != MAX_THREADS:
-            pytest.skip(f"compiled for {MAX_THREADS} threads only: another count means compiling again")
         try:
             call, x = task.prepare(case, way_name, threads)
         except peers.PeerUnavailableError as error:

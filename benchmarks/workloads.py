@@ -99,12 +99,12 @@ def sae_cases(activation: str) -> list[Any]:
 
 
 def training_cases(activation: str) -> list[Any]:
-    """Cases and thread counts; the largest shape, where a step takes seconds, with all threads only."""
+    """Cases and thread counts."""
     return [
         pytest.param(case, threads, id=f"{case}-threads{threads}")
         for d, n, k in SHAPES
         for case in [SaeCase("random", d, n, k if activation == "topk" else 0, TRAINING_ROWS)]
-        for threads in ([MAX_THREADS] if (d, n, k) == SHAPES[-1] else THREADS)
+        for threads in THREADS
     ]
 
 

@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -585,11 +586,8 @@ class TestRequest:
             answers = [alone(plans[thread]) for _ in range(50)]
             wrong.extend(thread for answer in answers if not same_bits(answer, expected[thread]))
 
-        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
         assert wrong == []
         assert not any(same_bits(one, expected[0]) for one in expected[1:])
 
@@ -1136,11 +1134,8 @@ class TestPlainRequests:
                 with handle.request(requests[i]):
                     wrong.extend([i] * (not same_bits(model(TOKENS), expected[i])))
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(requests)) as pool:
+            list(pool.map(work, range(len(requests))))
         assert wrong == []
         assert not any(same_bits(one, expected[0]) for one in expected[1:])
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import emulation
 import pytest
@@ -86,10 +88,16 @@ def emulated(emulated_library, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 @pytest.fixture
-def on_device() -> Kernel:
+def lacking() -> Callable[[str], NoReturn]:
+    """For what a machine may lack."""
+    return pytest.fail if GPU_REQUIRED else pytest.skip
+
+
+@pytest.fixture
+def on_device(lacking: Callable[[str], NoReturn]) -> Kernel:
     problem = cuda.available()
     if problem:
-        (pytest.fail if GPU_REQUIRED else pytest.skip)(problem)
+        lacking(problem)
     return Kernel("cuda")
 
 

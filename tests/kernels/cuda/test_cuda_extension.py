@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from saerec_fast.kernels import cuda
 
 
 @pytest.fixture
-def module() -> ModuleType:
+def module(lacking: Callable[[str], NoReturn]) -> ModuleType:
     folder = os.environ.get("SAEREC_CUDA_MODULE")
     if folder is None:
         if cuda._extension is None:
-            pytest.skip("no compiled module: `make cuda`")
+            lacking("no compiled module: `make cuda`")
         return cuda._extension
     (path,) = Path(folder).glob("saerec_fast/_cuda*.so")
     spec = importlib.util.spec_from_file_location("_cuda", path)
