@@ -1,4 +1,4 @@
-"""Forward pass, loss and backward pass of an SAE in training, on random data."""
+"""Forward pass, loss and backward pass of an SAE in training, on random data and on the run's hidden states."""
 
 from __future__ import annotations
 

@@ -99,11 +99,11 @@ def sae_cases(activation: str) -> list[Any]:
 
 
 def training_cases(activation: str) -> list[Any]:
-    """Cases and thread counts."""
+    """Those of ``sae_cases`` with the rows of a training step, each with all thread counts."""
     return [
         pytest.param(case, threads, id=f"{case}-threads{threads}")
-        for d, n, k in SHAPES
-        for case in [SaeCase("random", d, n, k if activation == "topk" else 0, TRAINING_ROWS)]
+        for case in sae_cases(activation)
+        if isinstance(case, SaeCase) and case.rows == TRAINING_ROWS
         for threads in THREADS
     ]
 
