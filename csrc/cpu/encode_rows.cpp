@@ -58,7 +58,6 @@ void reallocate(T*& array, int64_t capacity) {
 }  // namespace
 
 EncoderScratch::~EncoderScratch() {
-  std::free(log.rows);
   std::free(log.features);
   std::free(log.values);
 }
@@ -173,8 +172,7 @@ TopKCandidates encode_topk_chunk(EncoderScratch& scratch, const Matrix& x, const
 }
 
 void grow_log(ThresholdLog& log, int64_t extra) {
-  const int64_t capacity = std::max<int64_t>(log.capacity * 2, log.count + extra + 4096);
-  reallocate(log.rows, capacity);
+  const int64_t capacity = std::max<int64_t>(log.capacity * 2, log.count + extra + kMaxLanes + 4096);
   reallocate(log.features, capacity);
   reallocate(log.values, capacity);
   log.capacity = capacity;
@@ -193,25 +191,33 @@ const ThresholdLog& encode_threshold_chunk(EncoderScratch& scratch, const Matrix
   task.thresholds = thresholds;
   task.features = scratch.features.get<uint32_t>(range_features(x.cols) + 16);
   task.values = scratch.values.get<float>(range_features(x.cols) + 16);
-  scratch.log.count = 0;
-  task.log = &scratch.log;
+  ThresholdLog& log = scratch.log;
+  log.count = 0;
+  log.ranges = (end - begin + range_features(x.cols) - 1) / range_features(x.cols);
+  log.ends = scratch.log_ends.get<int64_t>(log.ranges * x.rows);
+  task.log = &log;
   active_kernels().encode_threshold(task);
-  return scratch.log;
+  return log;
 }
 
 GroupedLog group_by_row(EncoderScratch& scratch, const ThresholdLog& log, int64_t rows) {
   int64_t* offsets = scratch.group_offsets.get<int64_t>(rows + 1);
-  int64_t* cursors = scratch.group_cursors.get<int64_t>(rows);
+  offsets[0] = 0;
+  if (log.ranges == 1) {
+    std::copy_n(log.ends, rows, offsets + 1);
+    return {offsets, log.features, log.values};
+  }
   uint32_t* features = scratch.group_features.get<uint32_t>(log.count);
   float* values = scratch.group_values.get<float>(log.count);
-  std::fill_n(offsets, rows + 1, int64_t{0});
-  for (int64_t i = 0; i < log.count; ++i) ++offsets[log.rows[i] + 1];
-  for (int64_t r = 0; r < rows; ++r) offsets[r + 1] += offsets[r];
-  std::copy_n(offsets, rows, cursors);
-  for (int64_t i = 0; i < log.count; ++i) {
-    const int64_t place = cursors[log.rows[i]]++;
-    features[place] = log.features[i];
-    values[place] = log.values[i];
+  int64_t place = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t range = 0; range < log.ranges; ++range) {
+      const int64_t run = range * rows + r, begin = run > 0 ? log.ends[run - 1] : 0, count = log.ends[run] - begin;
+      std::copy_n(log.features + begin, count, features + place);
+      std::copy_n(log.values + begin, count, values + place);
+      place += count;
+    }
+    offsets[r + 1] = place;
   }
   return {offsets, features, values};
 }

@@ -14,7 +14,7 @@ struct EncoderScratch {
   ScratchBuffer x, codes, screens, uppers;
   ScratchBuffer values, features, counts, scored, bounds, maxima, reached, keys, cursors, positions, chosen_features,
       chosen_scores, exact;
-  ScratchBuffer group_offsets, group_cursors, group_features, group_values;
+  ScratchBuffer log_ends, group_offsets, group_features, group_values;
   ThresholdLog log;  // owns malloc'ed arrays, kept between calls
   ~EncoderScratch();
 };
@@ -61,7 +61,7 @@ std::vector<float> widened_thresholds(const Vector& thresholds, int64_t n);
 const ThresholdLog& encode_threshold_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
                                            int64_t begin, int64_t end, const float* thresholds);
 
-// A log with its entries grouped by row, in scratch: row r holds [offsets[r], offsets[r + 1]).
+// A log with its entries grouped by row: row r holds [offsets[r], offsets[r + 1]). Valid until the scratch is used again.
 struct GroupedLog {
   const int64_t* offsets = nullptr;
   const uint32_t* features = nullptr;

@@ -68,6 +68,10 @@ void sweep(const EncodeTask& task, Sink& sink) {
   }
 }
 
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1u;
+
+inline uint32_t lanes_before(int64_t left) { return left < kLanes ? (1u << left) - 1u : kAllLanes; }
+
 // Elements of weight rows beyond those of k candidates above which two steps of scoring beat one.
 constexpr int64_t kMinSurplus = 3072;
 
@@ -186,8 +190,6 @@ struct TopKSink {
     candidates.counts[row] = kept;
   }
 
-  static uint32_t lanes_before(int64_t left) { return left < kLanes ? (1u << left) - 1u : ~0u; }
-
   // task.exact[i] = score of features[i] where bit l of choose(v) says so, i = v + l. Returns how many.
   template <class Choose>
   int64_t score_where(int64_t row, const uint32_t* features, int64_t count, const Choose& choose) {
@@ -262,20 +264,45 @@ struct TopKSink {
 struct ThresholdSink {
   ThresholdTask& task;
   Range range = {};
+  bool uniform = false;  // one threshold for all features of the range
+  int64_t runs = 0;      // rows of ranges so far
 
-  void begin(const Range& next) { range = next; }
+  void begin(const Range& next) {
+    range = next;
+    const float* thresholds = task.thresholds + range.first;
+    const Vec first = set1(thresholds[0]);
+    uniform = true;
+    for (int64_t i = 0; i < range.count; i += kLanes) {
+      const Vec some = load(F32{}, thresholds + i);
+      const uint32_t lanes = lanes_before(range.count - i);
+      uniform = uniform && (at_least(some, first) & at_least(first, some) & lanes) == lanes;
+    }
+  }
+
+  // In units of a step, lowered by what that rounds.
+  static Vec lowered(Vec threshold, Vec inverse_step) {
+    const Vec scaled = mul(threshold, inverse_step);
+    const Vec bound = fmadd(maximum(scaled, sub(zero(), scaled)), set1(-8.0f * kRounding), scaled);
+    // maximum() takes its second argument in place of a NaN: such a threshold leaves nothing out. What is above it are
+    // all features, and not the -infinity of what is none.
+    return maximum(bound, set1(-kLargestFloat));
+  }
 
   void screened(int64_t row, const float* uppers) {
     const Vec inverse_step = set1(task.encode.screens[row].inverse_step);
-    const Vec slack = set1(-8.0f * kRounding), nothing = set1(-__builtin_inff());
+    const float* thresholds = task.thresholds + range.first;
     int64_t count = 0;
-    for (int64_t i = 0; i < range.padded; i += kLanes) {
-      // In units of a step, lowered by what that rounds.
-      const Vec threshold = mul(load(F32{}, task.thresholds + range.first + i), inverse_step);
-      const Vec lowered = fmadd(maximum(threshold, sub(zero(), threshold)), slack, threshold);
-      // maximum() takes its second argument in place of a NaN: such a threshold leaves nothing out.
-      const uint32_t mask = at_least(load(F32{}, uppers + i), maximum(lowered, nothing));
+    const auto append = [&](int64_t i, Vec bound) {
+      const uint32_t mask = at_least(load(F32{}, uppers + i), bound);
       count += append_ids(task.features + count, static_cast<uint32_t>(range.first + i), mask);
+    };
+    if (uniform) {
+      const Vec bound = lowered(set1(thresholds[0]), inverse_step);
+      for (int64_t i = 0; i < range.padded; i += kLanes) append(i, bound);
+    } else {
+      for (int64_t i = 0; i < range.padded; i += kLanes) {
+        append(i, lowered(load(F32{}, thresholds + i), inverse_step));
+      }
     }
     score(row, count);
   }
@@ -288,15 +315,24 @@ struct ThresholdSink {
   void score(int64_t row, int64_t count) {
     score_features(task.encode, row, task.features, count, task.values);
     ThresholdLog& log = *task.log;
-    if (log.capacity - log.count < count) grow_log(log, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t feature = task.features[i];
-      log.rows[log.count] = static_cast<uint32_t>(row);
-      log.features[log.count] = feature;
-      log.values[log.count] = task.values[i];
-      // "Not <=": a NaN stays visible.
-      log.count += !(task.values[i] <= task.thresholds[feature]);
+    if (log.capacity - log.count < count + kLanes) grow_log(log, count);
+    if (uniform) {
+      const Vec threshold = set1(task.thresholds[range.first]);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const Vec value = load(F32{}, task.values + i);
+        // "Not <=": a NaN stays visible.
+        const uint32_t active = ~at_least(threshold, value) & lanes_before(count - i);
+        log.count += pack_front(log.values + log.count, log.features + log.count, value,
+                                quads_load(task.features + i), active);
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        log.features[log.count] = task.features[i];
+        log.values[log.count] = task.values[i];
+        log.count += !(task.values[i] <= task.thresholds[task.features[i]]);
+      }
     }
+    log.ends[runs++] = log.count;
   }
 };
 

@@ -96,16 +96,18 @@ static inline int64_t candidate_capacity(int64_t k, int64_t d) {
 // Sorts pairs in descending order of value, ties by smallest feature, NaN first.
 void sort_candidates(float* values, uint32_t* features, int64_t count);
 
-// Entries found by a threshold sweep; those of a row come in ascending order of feature. Grows as needed.
+// Entries found by a threshold sweep: range of features by range, in each row by row, in ascending order of feature.
+// Grows as needed.
 struct ThresholdLog {
-  uint32_t* rows = nullptr;
   uint32_t* features = nullptr;
   float* values = nullptr;
   int64_t count = 0;
   int64_t capacity = 0;
+  int64_t* ends = nullptr;  // scratch (ranges, rows): where the entries of a range and row end
+  int64_t ranges = 0;
 };
 
-// Makes room for `extra` more entries. Throws std::bad_alloc.
+// Makes room for `extra` more entries and a vector's overhang. Throws std::bad_alloc.
 void grow_log(ThresholdLog& log, int64_t extra);
 
 struct TopKTask {

@@ -163,9 +163,7 @@ struct SteerScratch {
   ScratchBuffer x_tile, changed;      // of the kernels
   ScratchBuffer best, outscored, undecided_x;
   std::vector<int64_t> undecided;
-  std::vector<int64_t> offsets;
-  std::vector<int64_t> features;
-  std::vector<float> values;
+  ScratchBuffer offsets, features, values;  // of a' as sparse rows
 };
 
 SteerScratch& thread_steer_scratch() {
@@ -258,11 +256,6 @@ class ChunkSteerer {
     return row;
   }
 
-  void emit(int64_t feature, float value) {
-    scratch_.features.push_back(feature);
-    scratch_.values.push_back(value);
-  }
-
   // Activations of the edited features only.
   void encode_edited() {
     if (plan_.slots() == 0) return;
@@ -310,64 +303,72 @@ class ChunkSteerer {
       x.row_stride = x.cols;
       for (int64_t i = 0; i < x.rows; ++i) copy_row(x_, undecided[static_cast<std::size_t>(i)], x, i);
     }
-    for_each_topk_entry(x, false, [&](int64_t i, int64_t feature, float value) {
-      const int64_t slot = plan_.slot_of_entry(feature);
-      if (slot >= 0) activations_[slot * stride_ + undecided[static_cast<std::size_t>(i)]] = value;
-    });
+    const TopKCandidates selected = topk_of(x);
+    for (int64_t i = 0; i < x.rows; ++i) {
+      const float* values = selected.values + i * selected.capacity;
+      const uint32_t* features = selected.features + i * selected.capacity;
+      for (int64_t j = 0; j < selected.counts[i]; ++j) {
+        const int64_t slot = plan_.slot_of_entry(features[j]);
+        if (slot < 0) continue;
+        activations_[slot * stride_ + undecided[static_cast<std::size_t>(i)]] = values[j] < 0.0f ? 0.0f : values[j];
+      }
+    }
   }
 
   // a' of every row as sparse entries: the unedited features, then the edited ones.
   void encode_all() {
-    scratch_.offsets.assign(1, 0);
-    scratch_.features.clear();
-    scratch_.values.clear();
     std::fill_n(activations_, plan_.slots() * stride_, 0.0f);
-    int64_t current = 0;
-    const auto finish_rows_before = [&](int64_t row) {
-      for (; current < row; ++current) {
-        // Values follow once they are edited.
-        for (const int64_t feature : plan_.features) emit(feature, 0.0f);
-        scratch_.offsets.push_back(static_cast<int64_t>(scratch_.features.size()));
-      }
-    };
-    const auto take = [&](int64_t row, int64_t feature, float value) {
-      finish_rows_before(row);
-      const int64_t slot = plan_.slot_of_entry(feature);
-      if (slot >= 0) {
-        activations_[slot * stride_ + row] = value;
-      } else {
-        emit(feature, value);
-      }
-    };
     if (params_.k > 0) {
-      for_each_topk_entry(x_, true, take);
-    } else {
-      for_each_threshold_entry(take);
-    }
-    finish_rows_before(x_.rows);
-  }
-
-  template <class Take>
-  void for_each_topk_entry(const Matrix& x, bool sorted, const Take& take) {
-    const TopKCandidates candidates = encode_topk_chunk(thread_encoder_scratch(), x, weights_, 0,
-                                                        params_.weight_enc.rows, params_.k, sorted, nullptr, nullptr);
-    for (int64_t r = 0; r < x.rows; ++r) {
-      const float* values = candidates.values + r * candidates.capacity;
-      const uint32_t* features = candidates.features + r * candidates.capacity;
-      for (int64_t i = 0; i < candidates.counts[r]; ++i) take(r, features[i], values[i] < 0.0f ? 0.0f : values[i]);
-    }
-  }
-
-  template <class Take>
-  void for_each_threshold_entry(const Take& take) {
-    const ThresholdLog& log =
-        encode_threshold_chunk(thread_encoder_scratch(), x_, weights_, 0, params_.weight_enc.rows, thresholds_);
-    const GroupedLog grouped = group_by_row(thread_encoder_scratch(), log, x_.rows);
-    for (int64_t r = 0; r < x_.rows; ++r) {
-      for (int64_t i = grouped.offsets[r]; i < grouped.offsets[r + 1]; ++i) {
-        take(r, grouped.features[i], grouped.values[i]);
+      const TopKCandidates selected = topk_of(x_);
+      make_room(x_.rows * selected.k);
+      for (int64_t r = 0; r < x_.rows; ++r) {
+        float* values = selected.values + r * selected.capacity;
+        for (int64_t i = 0; i < selected.counts[r]; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];
+        take_row(r, selected.features + r * selected.capacity, values, selected.counts[r]);
       }
+      return;
     }
+    EncoderScratch& scratch = thread_encoder_scratch();
+    const ThresholdLog& log =
+        encode_threshold_chunk(scratch, x_, weights_, 0, params_.weight_enc.rows, thresholds_);
+    const GroupedLog active = group_by_row(scratch, log, x_.rows);
+    make_room(log.count);
+    for (int64_t r = 0; r < x_.rows; ++r) {
+      const int64_t begin = active.offsets[r];
+      take_row(r, active.features + begin, active.values + begin, active.offsets[r + 1] - begin);
+    }
+  }
+
+  // The k best of each row, in ascending order of feature.
+  TopKCandidates topk_of(const Matrix& x) const {
+    return encode_topk_chunk(thread_encoder_scratch(), x, weights_, 0, params_.weight_enc.rows, params_.k, false,
+                             nullptr, nullptr);
+  }
+
+  // For so many entries before any is edited.
+  void make_room(int64_t entries) {
+    entries += plan_.slots() * x_.rows;
+    offsets_ = scratch_.offsets.get<int64_t>(x_.rows + 1);
+    features_ = scratch_.features.get<int32_t>(entries);
+    values_ = scratch_.values.get<float>(entries);
+    offsets_[0] = 0;
+  }
+
+  // After the rows before it: its entries that are no slots, then all slots, whose values follow once they are edited.
+  void take_row(int64_t row, const uint32_t* features, const float* values, int64_t count) {
+    int64_t end = offsets_[row];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = plan_.slot_of_entry(features[i]);
+      if (slot >= 0) {
+        activations_[slot * stride_ + row] = values[i];
+        continue;
+      }
+      // They fit int32: a dictionary of 2^31 rows would not fit memory.
+      features_[end] = static_cast<int32_t>(features[i]);
+      values_[end++] = values[i];
+    }
+    for (const int64_t feature : plan_.features) features_[end++] = static_cast<int32_t>(feature);
+    offsets_[row + 1] = end;
   }
 
   // Edits rows [begin, end), of one sequence where each has values of its own.
@@ -408,7 +409,7 @@ class ChunkSteerer {
   void reconstruct(const Offset& offset, int64_t begin, int64_t end) {
     edit(activations_, begin, end);
     for (int64_t r = begin; r < end; ++r) {
-      float* values = scratch_.values.data() + scratch_.offsets[r + 1] - plan_.slots();
+      float* values = values_ + offsets_[r + 1] - plan_.slots();
       for (int64_t slot = 0; slot < plan_.slots(); ++slot) values[slot] = activations_[slot * stride_ + r];
     }
     decode(offset, begin, end);
@@ -416,10 +417,10 @@ class ChunkSteerer {
 
   void decode(const Offset& offset, int64_t begin, int64_t end) const {
     DecodeTask task;
-    task.begins = scratch_.offsets.data() + begin;
+    task.begins = offsets_ + begin;
     task.ends = task.begins + 1;
-    task.indices = {scratch_.features.data(), IndexType::kInt64};
-    task.values = {scratch_.values.data(), DType::kFloat32, static_cast<int64_t>(scratch_.values.size()), 1};
+    task.indices = {features_, IndexType::kInt32};
+    task.values = {values_, DType::kFloat32, offsets_[x_.rows], 1};
     task.weight = params_.weight_dec;
     task.bias = offset.data();
     task.out = row_range(out_, begin, end - begin);
@@ -462,6 +463,10 @@ class ChunkSteerer {
   Offset own_offset_;
   int64_t stride_;
   float* activations_ = nullptr;  // (slots, stride_)
+  // a' of the chunk's rows as sparse entries, in scratch: row r holds [offsets_[r], offsets_[r + 1])
+  int64_t* offsets_ = nullptr;
+  int32_t* features_ = nullptr;
+  float* values_ = nullptr;
   bool gathered_ = false;
   Matrix x_;
   Matrix out_;
