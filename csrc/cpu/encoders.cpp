@@ -193,9 +193,10 @@ struct TopKSink {
   // task.exact[i] = score of features[i] where bit l of choose(v) says so, i = v + l. Returns how many.
   template <class Choose>
   int64_t score_where(int64_t row, const uint32_t* features, int64_t count, const Choose& choose) {
+    LaneIds lanes(0);
     int64_t chosen = 0;
     for (int64_t i = 0; i < count; i += kLanes) {
-      chosen += append_ids(task.positions + chosen, static_cast<uint32_t>(i), choose(i) & lanes_before(count - i));
+      chosen += lanes.store_next(task.positions + chosen, choose(i) & lanes_before(count - i));
     }
     for (int64_t i = 0; i < chosen; ++i) task.features[i] = features[task.positions[i]];
     score_features(task.encode, row, task.features, chosen, task.scores);
@@ -291,18 +292,17 @@ struct ThresholdSink {
   void screened(int64_t row, const float* uppers) {
     const Vec inverse_step = set1(task.encode.screens[row].inverse_step);
     const float* thresholds = task.thresholds + range.first;
-    int64_t count = 0;
-    const auto append = [&](int64_t i, Vec bound) {
-      const uint32_t mask = at_least(load(F32{}, uppers + i), bound);
-      count += append_ids(task.features + count, static_cast<uint32_t>(range.first + i), mask);
-    };
     if (uniform) {
-      const Vec bound = lowered(set1(thresholds[0]), inverse_step);
-      for (int64_t i = 0; i < range.padded; i += kLanes) append(i, bound);
-    } else {
-      for (int64_t i = 0; i < range.padded; i += kLanes) {
-        append(i, lowered(load(F32{}, thresholds + i), inverse_step));
-      }
+      const float bound = reduce_max(lowered(set1(thresholds[0]), inverse_step));
+      score(row, append_reaching(task.features, uppers, range.padded, range.first, bound));
+      return;
+    }
+    uint32_t* features = task.features;
+    LaneIds lanes(range.first);
+    int64_t count = 0;
+    for (int64_t i = 0; i < range.padded; i += kLanes) {
+      const Vec bound = lowered(load(F32{}, thresholds + i), inverse_step);
+      count += lanes.store_next(features + count, at_least(load(F32{}, uppers + i), bound));
     }
     score(row, count);
   }

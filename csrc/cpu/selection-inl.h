@@ -167,10 +167,10 @@ inline float group_bound(const float* maxima, int64_t groups, int64_t k, float k
 // Appends the ids of the scores that reach the bound; ids needs room for count and a vector more.
 inline int64_t append_reaching(uint32_t* ids, const float* scores, int64_t count, int64_t first, float bound) {
   const Vec b = set1(bound);
+  LaneIds lanes(first);
   int64_t added = 0;
   for (int64_t i = 0; i < count; i += kLanes) {
-    const uint32_t mask = at_least(load(F32{}, scores + i), b);
-    added += append_ids(ids + added, static_cast<uint32_t>(first + i), mask);
+    added += lanes.store_next(ids + added, at_least(load(F32{}, scores + i), b));
   }
   return added;
 }

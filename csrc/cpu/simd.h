@@ -159,14 +159,25 @@ inline void store(F16, uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// Appends first + lane for the lanes in mask; writes a whole vector, so ids needs kLanes free places. Compressing in a
-// register and storing it whole beats a compressing store, which is microcoded on Zen 4.
-inline int append_ids(uint32_t* ids, uint32_t first, uint32_t mask) {
-  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i id = _mm512_add_epi32(iota, _mm512_set1_epi32(static_cast<int>(first)));
-  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
-  return __builtin_popcount(mask);
-}
+// Ids of the lanes of one vector after another. Kept in a register and counted up there, since making them anew takes
+// the port that comparing and compressing need.
+class LaneIds {
+ public:
+  explicit LaneIds(int64_t first)
+      : ids_(_mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                              _mm512_set1_epi32(static_cast<int>(first)))) {}
+
+  // Stores the ids of the next vector's lanes in mask, and returns how many; writes a whole vector. Compressing in a
+  // register and storing it whole beats a compressing store, which is microcoded on Zen 4.
+  int store_next(uint32_t* out, uint32_t mask) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), ids_));
+    ids_ = _mm512_add_epi32(ids_, _mm512_set1_epi32(kLanes));
+    return __builtin_popcount(mask);
+  }
+
+ private:
+  __m512i ids_;
+};
 
 // Packs the values and ids of the lanes in mask at the front of both arrays; writes whole vectors.
 inline int pack_front(float* values, uint32_t* ids, Vec value, Quads id, uint32_t mask) {
@@ -413,11 +424,20 @@ inline void store(Element element, typename Element::Storage* p, Vec a) {
 #endif
 
 #if !defined(SAEREC_TIER_AVX512)
-inline int append_ids(uint32_t* ids, uint32_t first, uint32_t mask) {
-  int count = 0;
-  for (; mask != 0; mask &= mask - 1) ids[count++] = first + static_cast<uint32_t>(__builtin_ctz(mask));
-  return count;
-}
+class LaneIds {
+ public:
+  explicit LaneIds(int64_t first) : next_(static_cast<uint32_t>(first)) {}
+
+  int store_next(uint32_t* out, uint32_t mask) {
+    int count = 0;
+    for (; mask != 0; mask &= mask - 1) out[count++] = next_ + static_cast<uint32_t>(__builtin_ctz(mask));
+    next_ += kLanes;
+    return count;
+  }
+
+ private:
+  uint32_t next_;
+};
 
 inline int pack_front(float* values, uint32_t* ids, Vec value, Quads id, uint32_t mask) {
   float value_lanes[kLanes];
