@@ -16,7 +16,7 @@ import peers
 import pytest
 import torch
 from memory import extra_bytes
-from steering import STEERING, host, sharing_copy
+from steering import STEERING, host, sharing_copy, steering_truth
 from tasks import TASKS, check_recommendations, grad_mode
 from threadpoolctl import threadpool_info
 from ways import set_threads
@@ -31,11 +31,11 @@ LONG_CALL = 0.4
 ROUNDS = range(7, 51)
 LONG_ROUNDS = 3
 
-# Seconds of a cell of steering (ours needs more, as the small difference of two long times), and of a block of calls.
-STEERING_TIME = {"ours": 0.8}
+# Seconds of a cell of steering (small differences of two long times need more), and of a block of calls.
+STEERING_TIME = {"ours": 2.0, "yardstick": 2.0}
 OTHERS_STEERING_TIME = 0.3
 BLOCK_TIME = 5e-3
-STEERING_ROUNDS = range(5, 101)
+STEERING_ROUNDS = range(5, 251)
 
 _not_measured: list[dict[str, str]] = []
 
@@ -86,7 +86,9 @@ def measure_added(benchmark: Any) -> Callable[[Any, int, str], None]:
             pytest.skip(str(error))
         set_threads(threads)
         with torch.inference_mode():
-            tokens = check_recommendations(case, steered)
+            # A yardstick steers nothing that could be compared.
+            yardstick = way.role == "yardstick"
+            tokens = steering_truth(case).tokens if yardstick else check_recommendations(case, steered)
             seconds = _time_added(benchmark, plain, steered, tokens, STEERING_TIME.get(way.role, OTHERS_STEERING_TIME))
         benchmark.group = f"Steering: {case}, threads {threads}"
         benchmark.extra_info.update(
@@ -131,14 +133,21 @@ def _time_added(
         (one - 0.5 * (before + after)) / calls
         for one, before, after in zip(with_plan, without[:-1], without[1:], strict=True)
     ]
-    low, median, high = statistics.quantiles(added, n=4, method="inclusive")
+    low, high = _interval_of_median(added)
     return {
-        "added": median,
+        "added": statistics.median(added),
         "added_low": low,
         "added_high": high,
         "unsteered": statistics.median(without) / calls,
         "calls": calls,
     }
+
+
+def _interval_of_median(values: list[float]) -> tuple[float, float]:
+    """95 % confidence interval, whatever the distribution: the number of values below the median is binomial."""
+    in_order, count = sorted(values), len(values)
+    below = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    return in_order[below], in_order[-1 - below]
 
 
 def _time(benchmark: Any, call: Callable[[Any], Any], x: Any) -> None:

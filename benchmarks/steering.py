@@ -439,6 +439,20 @@ def torch_vector(case: SteeringCase, recommender: Recommender) -> Built:
     return _hooked(case, recommender, lambda x: x + vector)
 
 
+def empty_hooks(case: SteeringCase, recommender: Recommender) -> Built:
+    """Hooks that do nothing, in the places of ours: what PyTorch takes for calling them."""
+    attached = sharing_copy(host(case.host).recommender)
+    saerec_fast(case, attached)
+    for ours, module in zip(attached.modules(), recommender.modules(), strict=True):
+        for key in ours._forward_pre_hooks:
+            with_kwargs = key in ours._forward_pre_hooks_with_kwargs
+            module.register_forward_pre_hook(lambda *call: None, with_kwargs=with_kwargs)
+        for key in ours._forward_hooks:
+            always_call = key in ours._forward_hooks_always_called
+            module.register_forward_hook(lambda *call: None, always_call=always_call)
+    return recommender
+
+
 def sae_lens(case: SteeringCase, recommender: Recommender) -> Built:
     library = peers.load("sae_lens")
     with tempfile.TemporaryDirectory() as folder:
@@ -528,6 +542,7 @@ STEERING = {
     "saerec_fast": SteeringWay("ours", saerec_fast),
     "torch_hook": SteeringWay("torch", torch_hook),
     "torch_vector": SteeringWay("torch", torch_vector),
+    "empty_hooks": SteeringWay("yardstick", empty_hooks),
     "sae_lens": SteeringWay("sae library", sae_lens),
     "nnsight": SteeringWay("sae library", nnsight),
 }
@@ -542,7 +557,7 @@ def ways_of(case: SteeringCase) -> list[str]:
     if case.plan.edits == "own" or case.activation not in ("relu", "topk"):
         return ["saerec_fast", "torch_hook"]
     if case.plan.edits == "add":
-        return ["saerec_fast", "torch_hook", "torch_vector", "sae_lens"]
+        return ["saerec_fast", "torch_hook", "torch_vector", "empty_hooks", "sae_lens"]
     if case.plan.positions == "last":
         return ["saerec_fast", "torch_hook", "sae_lens"]
     return ["saerec_fast", "torch_hook", "sae_lens", "nnsight"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from report import MISSING, describe_machine, not_measured, number, table
@@ -36,7 +36,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Added:
-    """Seconds a call: the median over rounds of what a way adds, with its quartiles, and the unsteered time."""
+    """Seconds a call: the median over rounds of what a way adds, its 95 % interval, and the unsteered time."""
 
     median: float
     low: float
@@ -47,12 +47,8 @@ class Added:
     def share(self) -> float:
         return self.median / self.unsteered
 
-    @property
-    def iqr(self) -> float:
-        return self.high - self.low
-
     def __str__(self) -> str:
-        return f"{microseconds(self.median)} ({microseconds(self.iqr)})"
+        return f"{microseconds(self.median)} ({microseconds(self.low)} to {microseconds(self.high)})"
 
 
 Cells = dict[Setting, dict[str, Added]]
@@ -80,6 +76,13 @@ class Goal:
 
     def met(self, value: float) -> bool:
         return value >= self.limit if self.at_least else value <= self.limit
+
+    def best_and_worst(self, ways: dict[str, Added]) -> tuple[float, float]:
+        """At the ends of the interval of our added time."""
+        ours = ways[OURS]
+        ends = [self.measured({**ways, OURS: replace(ours, median=end)}) for end in (ours.low, ours.high)]
+        best, worst = (end for end in ends if end is not None)
+        return best, worst
 
 
 def _share(ways: dict[str, Added]) -> float | None:
@@ -205,7 +208,7 @@ def render_steering(data: dict[str, Any]) -> str:
     parts = ["# Steering", describe_machine(data, _EXPLAINED)]
     if cells:
         parts += ["## Goals", goal_table(cells), "## Goals, setting by setting", goal_details(cells)]
-        parts += ["## Added time, µs a call (IQR)", added_table(cells)]
+        parts += ["## Added time, µs a call (95 % interval)", added_table(cells)]
         parts += ["## Added time of the others ÷ ours", ratio_table(cells)]
     if predictions:
         parts += ["## Predictor", predictor_table(predictions)]
@@ -230,10 +233,12 @@ def goal_table(cells: Cells) -> str:
     """Every goal with the best and the worst of the settings it applies to."""
     rows = []
     for goal in GOALS:
-        values = [value for _, value in _measured(goal, cells)]
+        measured = _measured(goal, cells)
+        values = [value for _, value in measured]
         best_first = sorted(values, reverse=goal.at_least)
-        met = sum(map(goal.met, values))
-        verdict = MISSING if not values else "met" if met == len(values) else f"short in {len(values) - met}"
+        short = [setting for setting, value in measured if not goal.met(value)]
+        certain = sum(not goal.met(goal.best_and_worst(cells[setting])[0]) for setting in short)
+        verdict = MISSING if not values else f"short in {len(short)}, for certain in {certain}" if short else "met"
         rows.append(
             [
                 goal.title,
@@ -257,12 +262,14 @@ def goal_details(cells: Cells) -> str:
             str(setting.rows),
             str(setting.threads),
             goal.unit(value),
+            " to ".join(map(goal.unit, goal.best_and_worst(cells[setting]))),
             "met" if goal.met(value) else "short",
         ]
         for goal in GOALS
         for setting, value in _measured(goal, cells)
     ]
-    return table(["goal", "model", "SAE", "positions", "B", "threads", "measured", "verdict"], rows)
+    header = ["goal", "model", "SAE", "positions", "B", "threads", "measured", "95 % interval", "verdict"]
+    return table(header, rows)
 
 
 def added_table(cells: Cells) -> str:
@@ -329,14 +336,14 @@ def _ways(cells: Cells) -> list[str]:
 
 
 _EXPLAINED = (
-    "Every way makes the same edits to the same hidden states, and its recommendations were compared with those of "
-    "the reference in float64 in this run before it was timed. Blocks of calls alternate between a recommender with "
-    "the plan and one without, which share their parameters; each steered block is compared with the mean of the two "
+    "Every way makes the same edits to the same hidden states, and its recommendations were compared with those of the"
+    " reference in float64 in this run before it was timed. Blocks of calls alternate between a recommender with the "
+    "plan and one without, which share their parameters; each steered block is compared with the mean of the two "
     "unsteered ones around it. Figures are medians of these differences, in microseconds a call (forward pass, scores "
-    "of the last position, the 10 best items), with their interquartile range in brackets. B is the number of "
-    "sequences of a call, each of the model's full length. `gpt2` and `rectools` are Hugging Face's GPT-2 and "
-    "RecTools' SASRec with random weights (d = 64, 2 layers, 2 heads, 50 positions, 3417 items; SAE with n = 2048 "
-    "features of which about 32 fire), `run` is the trained recommender. Plans: `add`, 8 features added to; `edit`, 4 "
-    "set and 4 scaled; `set`, one set; `own`, `edit` with other features and values in each sequence, plans made "
-    "within the call."
+    "of the last position, the 10 best items), with their 95 % confidence interval in brackets, by order statistics. B"
+    " is the number of sequences of a call, each of the model's full length. `gpt2` and `rectools` are Hugging Face's "
+    "GPT-2 and RecTools' SASRec with random weights (d = 64, 2 layers, 2 heads, 50 positions, 3417 items; SAE with n ="
+    " 2048 features of which about 32 fire), `run` is the trained recommender. `empty_hooks` are hooks that do nothing"
+    " in the places of ours. Plans: `add`, 8 features added to; `edit`, 4 set and 4 scaled; `set`, one set; `own`, "
+    "`edit` with other features and values in each sequence, plans made within the call."
 )

@@ -102,9 +102,9 @@ def test_numbers(value: float, text: str) -> None:
 def steered(way: str, added: float, **info: Any) -> dict[str, Any]:
     """As the benchmark of steering records one, in which forward pass and scoring take 1 ms."""
     plan = {"host": "gpt2", "activation": "relu", "edits": "edit", "mode": "delta", "positions": "all"}
-    quartiles = {"added": added, "added_low": added - 2e-6, "added_high": added + 2e-6, "unsteered": 1e-3}
+    interval = {"added": added, "added_low": added - 2e-6, "added_high": added + 2e-6, "unsteered": 1e-3}
     return {
-        "extra_info": {"task": "steering", "way": way, **plan, "rows": 32, "threads": 2, **quartiles, **info},
+        "extra_info": {"task": "steering", "way": way, **plan, "rows": 32, "threads": 2, **interval, **info},
         "stats": {"median": 1e-3},
     }
 
@@ -114,10 +114,10 @@ def test_added_time_is_shown_with_its_share_and_beside_the_others() -> None:
         [steered("saerec_fast", 20e-6), steered("nnsight", 500e-6), steered("saerec_fast", -1e-6, rows=1)]
     )
     found = columns(steering_report.added_table(cells), 0)
-    assert found["saerec_fast"] == "20.00 (4.00)"
+    assert found["saerec_fast"] == "20.00 (18.00 to 22.00)"
     assert found["unsteered"] == "1000"
     assert found["share that ours adds"] == "2.00 %"
-    assert columns(steering_report.added_table(cells), 1)["saerec_fast"] == "−1.00 (4.00)"
+    assert columns(steering_report.added_table(cells), 1)["saerec_fast"] == "−1.00 (−3.00 to 1.00)"
     assert columns(steering_report.ratio_table(cells), 0)["nnsight"] == "25.0"
 
 
@@ -149,6 +149,14 @@ def test_goals(added: float, info: dict[str, Any], goal: str, verdict: str) -> N
     summary = steering_report.goal_table(cells)
     row = next(line for line in summary.splitlines() if line.startswith(f"| {goal} |"))
     assert ("short in 1" in row) == (verdict == "short")
+
+
+@pytest.mark.parametrize(("added", "certain"), [(31e-6, 0), (33e-6, 1)])
+def test_goals_that_are_missed_for_certain(added: float, certain: int) -> None:
+    cells = steering_report.read_added([steered("saerec_fast", added)])
+    assert f"short in 1, for certain in {certain}" in steering_report.goal_table(cells)
+    found = columns(steering_report.goal_details(cells), 0)
+    assert found["95 % interval"] == f"{(added - 2e-6) / 1e-3:.2%} to {(added + 2e-6) / 1e-3:.2%}".replace("%", " %")
 
 
 @pytest.mark.parametrize(
