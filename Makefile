@@ -28,6 +28,8 @@ GPU_PEERS := sae-lens eai-sparsify dictionary-learning transformer-lens better-a
 GPU_PLATFORMS := _2_28 _2_17 2014
 space := $(subst ,, )
 SANITIZERS := memcheck racecheck synccheck
+GPU_SHARES := $(shell seq 0 15)
+TRITON_TESTS := $(wildcard tests/kernels/triton/launched/test_*.py)
 
 # pip older than 25.3 takes the versions in its isolated build environments from the first, newer ones from the second.
 export PIP_CONSTRAINT := constraints.txt
@@ -36,7 +38,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .PHONY: help setup test demo bench bench-quick bench-steering bench-memory cuda lint format
-.PHONY: gpu gpu-wheels gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-sanitize $(SANITIZERS:%=gpu-sanitize-%)
+.PHONY: gpu gpu-wheels gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-sanitize \
+  $(GPU_SHARES:%=gpu-test-triton-%) $(SANITIZERS:%=gpu-sanitize-%)
 .PHONY: sanitize sanitize-thread symbols wheel clean
 
 help:
@@ -124,7 +127,8 @@ cuda: setup
 
 # Tests and benchmarks import what was built, or, where that failed, the sources; PYTHONSAFEPATH keeps the working directory
 # from coming first.
-GPU_TARGETS := gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-sanitize $(SANITIZERS:%=gpu-sanitize-%)
+GPU_TARGETS := gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-sanitize \
+  $(GPU_SHARES:%=gpu-test-triton-%) $(SANITIZERS:%=gpu-sanitize-%)
 $(GPU_TARGETS): export PYTHONPATH := $(CURDIR)/$(GPU_BUILD)/site:$(CURDIR)
 $(GPU_TARGETS): export PYTHONSAFEPATH := 1
 $(GPU_TARGETS): export PATH := $(PATH):/usr/local/cuda/bin
@@ -152,10 +156,18 @@ gpu-wheels:
 gpu-test: gpu-test-cuda gpu-test-triton
 
 # After a fault on the device all that follows in the same process fails as well.
-gpu-test-cuda: GPU_TESTS := tests/kernels/cuda/test_cuda_extension.py tests/kernels/cuda/test_cuda_steer.py
-gpu-test-triton: GPU_TESTS := tests/kernels/triton/interpreted/test_triton_device.py
-gpu-test-cuda gpu-test-triton:
-	$(GPU_PYTEST) --maxfail=20 $(GPU_TESTS) -k "not emulated" $(ARGS)
+gpu-test-cuda:
+	$(GPU_PYTEST) --maxfail=20 tests/kernels/cuda/test_cuda_extension.py tests/kernels/cuda/test_cuda_steer.py \
+	  -k "not emulated" $(ARGS)
+
+# The hundreds of kernels that these tests compile take minutes of one core: a process for each share of the tests, in
+# which what most others are made of comes first.
+gpu-test-triton:
+	@$(MAKE) --no-print-directory -k -j $(GPU_SHARES:%=gpu-test-triton-%)
+
+$(GPU_SHARES:%=gpu-test-triton-%): gpu-test-triton-%:
+	@SAEREC_TEST_SHARE=$*/$(words $(GPU_SHARES)) $(GPU_PYTEST) -p no:cacheprovider --maxfail=5 \
+	  $(filter %topk.py,$(TRITON_TESTS)) $(filter-out %topk.py,$(TRITON_TESTS)) $(ARGS)
 
 gpu-sanitize:
 	@command -v compute-sanitizer || echo 'make gpu: no compute-sanitizer on this machine, skipped'

@@ -39,7 +39,7 @@ from gpu_report import Journal, report  # noqa: E402
 STEPS = (
     ("build", "gpu-build", 180.0),
     ("tests of the CUDA C++ kernel", "gpu-test-cuda", 60.0),
-    ("tests of the Triton kernels", "gpu-test-triton", 90.0),
+    ("tests of the Triton kernels and of models", "gpu-test-triton", 90.0),
     ("compute-sanitizer", "gpu-sanitize", 60.0),
 )
 # What the steps have to leave for the measurements.
@@ -51,8 +51,8 @@ GRACE_SECONDS = 10.0
 # Processes that die, after which the rest is left out.
 MOST_DEATHS = 12
 TIME_UP = "left out: the time was up"
-# Lines of the output of a step that failed.
-OUTPUT_LINES = 40
+# Lines of the output of a step that failed, at its end: of tests in several processes, what each of them says last.
+OUTPUT_LINES = 120
 
 
 def run_step(journal: Journal, name: str, command: list[str], seconds: float) -> None:

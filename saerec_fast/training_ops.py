@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerec_fast import (
-    ops,  # noqa: F401 - registers the operators
-    reference,
-)
+from saerec_fast import ops, reference
 from saerec_fast.backend import available_backends, resolve
 
 _kernels: Any = None
@@ -25,9 +22,10 @@ __all__ = ["adam_step", "largest_entries", "sparse_training_step"]
 
 
 def largest_entries(offsets: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    if resolve("auto", values) == "reference":
+    chosen = resolve("auto", values)
+    if chosen == "reference":
         return reference.largest_entries(offsets, values, count)
-    kept_offsets, kept = torch.ops.saerec_fast.largest_entries(offsets, values, count)
+    kept_offsets, kept = ops.operators_of(chosen).largest_entries(offsets, values, count)
     return kept_offsets, kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,23 @@ class RefuseWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert operator.overloadpacket not in WAITING, f"{operator} waits for the device"
         return operator(*args, **(kwargs or {}))
+
+
+def without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in which what would make the host wait for a device raises; on a GPU by PyTorch's own check too."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        previous = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else None
+        if previous is not None:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with RefuseWaiting():
+                return function(*args, **options)
+        finally:
+            if previous is not None:
+                torch.cuda.set_sync_debug_mode(previous)
+
+    return run
 
 
 def check_capacity(inputs: Inputs, threshold: float | Tensor, capacity: int, backend: str) -> None:
@@ -58,7 +76,7 @@ def capacities_around(inputs: Inputs, threshold: float | Tensor) -> list[int]:
 def check_gradients(inputs: Inputs, threshold: float, capacity: int, backend: str) -> None:
     """Those of the exact form's first entries; none through entries that were cut or places that hold nothing."""
     generator = torch.Generator().manual_seed(5)
-    weights = torch.randint(-2, 3, (max(capacity, 1),), generator=generator).to(inputs.x.dtype)
+    weights = torch.randint(-2, 3, (max(capacity, 1),), generator=generator).to(inputs.x)
     found = []
     for limit in (None, capacity):
         leaves = Inputs(*(tensor.clone().requires_grad_() for tensor in inputs))

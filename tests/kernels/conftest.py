@@ -14,6 +14,8 @@ _INTEGER_POISON = 0x5A5A5A5A
 def _poison(dtype: torch.dtype) -> float:
     if dtype.is_floating_point:
         return float("nan")
+    if dtype == torch.bool:
+        return True
     return _INTEGER_POISON & torch.iinfo(dtype).max
 
 
@@ -47,8 +49,11 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         buffers.append((buffer, size.numel()))
         return buffer[_GUARD : _GUARD + size.numel()].view(size)
 
+    def guarded_empty_like(like: torch.Tensor, **options) -> torch.Tensor:
+        return guarded_empty(like.shape, **{"dtype": like.dtype, "device": like.device, **options})
+
     monkeypatch.setattr(torch, "empty", guarded_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda like: guarded_empty(like.shape, dtype=like.dtype))
+    monkeypatch.setattr(torch, "empty_like", guarded_empty_like)
     yield
     for buffer, numel in buffers:
         guards = torch.cat([buffer[:_GUARD], buffer[_GUARD + numel :]])

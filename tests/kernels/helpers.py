@@ -138,6 +138,14 @@ def in_layout(inputs: Inputs, layout: str) -> Inputs:
     return Inputs(*map(LAYOUTS[layout], inputs))
 
 
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """On a device in the layout it had: strides, alignment and what lies in the gaps."""
+    if tensor.device.type == device or tensor.requires_grad:
+        return tensor.to(device)  # gradients come back through it
+    storage = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def forward_ops(k: int) -> dict[str, Callable[[Inputs], tuple[Tensor, ...]]]:
     """Every op as a function of the inputs that gives row-aligned tensors (first dimension: rows)."""
     plan = fast.SteeringPlan([fast.Edit(0, "set", 1.5), fast.Edit(0, "scale", 0.5)])

@@ -10,6 +10,7 @@ import emulation
 import pytest
 import torch
 from cases import Inputs
+from helpers import moved
 from torch import Tensor
 
 import saerec_fast as fast
@@ -38,34 +39,27 @@ class Kernel:
         valid: Tensor | None = None,
     ) -> Tensor:
         batch_shape = inputs.x.shape[:-1]
-        moved = [self._moved(tensor) for tensor in inputs]
+        tensors = [moved(tensor, self.device) for tensor in inputs]
         values = torch.tensor(plan.values, dtype=torch.float32) if strengths is None else strengths
         if values.dim() > 1:
             values = values.expand(*batch_shape, len(plan.edits)).reshape(math.prod(batch_shape), len(plan.edits))
         mask = reference.steered_positions(plan, batch_shape, valid, torch.device("cpu"))
-        x, W_enc, b_enc, b_dec, W_dec = moved
+        x, W_enc, b_enc, b_dec, W_dec = tensors
         out = cuda.steer(
             x.reshape(-1, x.shape[-1]),
             W_enc,
             b_enc,
             b_dec,
             W_dec,
-            None if isinstance(activation, TopK) else self._moved(threshold_of(activation)),
+            None if isinstance(activation, TopK) else moved(threshold_of(activation), self.device),
             activation.k if isinstance(activation, TopK) else 0,
             plan.mode == "reconstruct",
             [edit.feature for edit in plan.edits],
             [ops.EDIT_CODES[edit.op] for edit in plan.edits],
-            self._moved(values),
-            None if mask is None else self._moved(mask.reshape(-1)),
+            moved(values, self.device),
+            None if mask is None else moved(mask.reshape(-1), self.device),
         )
         return out.view(inputs.x.shape).cpu()
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """On the device in the layout it had: strides, alignment and what lies in the gaps."""
-        if self.device == "cpu":
-            return tensor
-        storage = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage())
-        return storage.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def threshold_of(activation: Activation) -> Tensor:

@@ -1,6 +1,5 @@
-"""What is in interpreted/ needs TRITON_INTERPRET=1 before anything imports triton; test_interpreter.py starts it so.
-
-`make gpu` runs test_triton_device.py there without it.
+"""What is in launched/ starts kernels: on a GPU, where `make gpu` runs it, or under TRITON_INTERPRET=1, which has to be
+set before anything imports triton; test_interpreter.py starts it so.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1" and os.environ.get("SAEREC_REQUIRE_GPU") != "1":
-    collect_ignore_glob = ["interpreted/*"]
+    collect_ignore_glob = ["launched/*"]
 
 Command = tuple[str, ...]
 

@@ -1,5 +1,5 @@
-"""Runs interpreted/ in a process of its own: triton reads TRITON_INTERPRET when it is imported, and other tests, or
-what they import, import it too.
+"""Runs launched/ in triton's interpreter, in processes of its own: triton reads TRITON_INTERPRET when it is imported,
+and other tests, or what they import, import it too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
 PYTEST = ("env", "TRITON_INTERPRET=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
-INTERPRETED = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+INTERPRETED = sorted((Path(__file__).parent / "launched").glob("test_*.py"))
 
 
 def test_there_is_something_to_run() -> None:

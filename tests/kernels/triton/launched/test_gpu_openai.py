@@ -7,6 +7,7 @@ import pytest
 import torch
 import ways
 from cases import Case, Inputs
+from triton_cases import on_device
 
 # Widths on both sides of a power of two; more entries than a program of the sorted sum takes; most features off. In
 # bfloat16, where rounded scores select others, all features.
@@ -26,15 +27,18 @@ def exact_inputs(case: Case) -> Inputs:
     return Inputs(draw(case.rows, case.d), draw(case.n, case.d), bias, draw(case.d), draw(case.n, case.d))
 
 
+def loss_and_gradients(step: ways.Step, x: torch.Tensor) -> list[torch.Tensor]:
+    return [step(x), *step.gradients()]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case: Case) -> None:
     inputs = exact_inputs(case)
     exact = inputs.to(torch.float64)
-    found = [gpu_openai.forward(inputs, case.k)(inputs.x)]
+    found = [on_device(lambda t: gpu_openai.forward(t, case.k)(t.x), inputs)]
     truth = [ways.TOPK["eager_bag"].build(exact, case.k)(exact.x)]
-    step, true_step = gpu_openai.step(inputs, case.k), ways.STEP_TOPK["eager_bag"].build(exact, case.k)
-    found += [step(inputs.x), *step.gradients()]
-    truth += [true_step(exact.x), *true_step.gradients()]
+    found += on_device(lambda t: loss_and_gradients(gpu_openai.step(t, case.k), t.x), inputs)
+    truth += loss_and_gradients(ways.STEP_TOPK["eager_bag"].build(exact, case.k), exact.x)
     tolerance = 1e-6 if case.dtype == torch.float32 else 0.01
     for name, actual, expected in zip(NAMES, found, truth, strict=True):
         assert actual.dtype == case.dtype, name
@@ -47,4 +51,4 @@ def test_entries_that_are_off_are_skipped() -> None:
     weight = torch.ones(3, 2)
     weight[1] = float("nan")
     indices, values = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-    assert gpu_openai.decode(indices, values, weight).tolist() == [[2.0, 2.0], [3.0, 3.0]]
+    assert on_device(gpu_openai.decode, indices, values, weight).tolist() == [[2.0, 2.0], [3.0, 3.0]]

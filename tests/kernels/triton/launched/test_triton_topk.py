@@ -1,4 +1,4 @@
-"""linear_topk and encode_topk in triton's interpreter."""
+"""linear_topk and encode_topk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from helpers import (
     score_tolerance,
     truth_scores,
 )
-from triton_cases import SMALL_CASES, TWO_PASS_CASES, check_features, check_top_k, integer_inputs, integers
+from triton_cases import (
+    LARGE_CASES,
+    SMALL_CASES,
+    TWO_PASS_CASES,
+    check_features,
+    check_top_k,
+    device,
+    integer_inputs,
+    integers,
+)
 
 import saerec_fast as fast
 from saerec_fast import reference
@@ -25,10 +34,10 @@ from saerec_fast.kernels.triton import linear_topk
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize("case", SMALL_CASES + TWO_PASS_CASES, ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES + TWO_PASS_CASES + LARGE_CASES, ids=str)
 def test_returns_a_true_top_k(case: Case) -> None:
     x, weight, bias = make_inputs(case)[:3]
-    result = fast.linear_topk(x, weight, bias, k=case.k, backend="triton")
+    result = device.linear_topk(x, weight, bias, k=case.k)
     assert result.values.shape == result.indices.shape == (case.rows, case.k)
     assert result.indices.dtype == torch.int64
     scores = x.double() @ weight.double().T + bias.double()
@@ -36,10 +45,10 @@ def test_returns_a_true_top_k(case: Case) -> None:
     assert_top_k(result, scores, tolerance, case.dtype)
 
 
-@pytest.mark.parametrize("case", SMALL_CASES[::3] + TWO_PASS_CASES[1:], ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES[::3] + TWO_PASS_CASES[1:] + LARGE_CASES, ids=str)
 def test_encode_topk(case: Case) -> None:
     inputs = make_inputs(case)
-    features = fast.encode_topk(*inputs[:4], k=case.k, backend="triton")
+    features = device.encode_topk(*inputs[:4], k=case.k)
     assert features.indices.dtype == torch.int32
     assert features.offsets.tolist() == list(range(0, (case.rows + 1) * case.k, case.k))
     if case.rows == 0:
@@ -55,11 +64,11 @@ def test_encode_topk(case: Case) -> None:
     assert (left_out <= (chosen + slack.gather(1, indices)).amin(-1)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_encode_topk_equals_the_reference_on_integers(dtype: torch.dtype) -> None:
-    inputs = integer_inputs(Case(6, 200, 17, 5, dtype))
-    expected = reference.encode_topk(*inputs.to(torch.float64)[:4], k=17)
-    check_features(fast.encode_topk(*inputs[:4], k=17, backend="triton"), expected)
+@pytest.mark.parametrize("case", [*(Case(6, 200, 17, 5, dtype) for dtype in DTYPES), *LARGE_CASES], ids=str)
+def test_encode_topk_equals_the_reference_on_integers(case: Case) -> None:
+    inputs = integer_inputs(case)
+    expected = reference.encode_topk(*inputs.to(torch.float64)[:4], k=case.k)
+    check_features(device.encode_topk(*inputs[:4], k=case.k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 16, 129])
@@ -131,7 +140,7 @@ def test_scores_of_minus_infinity_are_candidates() -> None:
 def test_overflow_of_the_output_dtype_keeps_the_order_of_the_scores() -> None:
     x = torch.tensor([[300.0, 0.0]], dtype=torch.float16)
     weight = torch.tensor([[299.0, 0], [400, 0], [-500, 0], [300, 0], [1, 0]], dtype=torch.float16)
-    result = fast.linear_topk(x, weight, k=5, backend="triton")
+    result = device.linear_topk(x, weight, k=5)
     assert result.indices.tolist() == [[1, 3, 0, 4, 2]]
     assert result.values.tolist() == [[INF, INF, INF, 300.0, -INF]]
 
@@ -150,7 +159,7 @@ def test_exclude(n: int) -> None:
 
 def test_excluded_ids_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"exclude: expected ids from 0 to 39"):
-        fast.linear_topk(torch.ones(2, 3), torch.ones(40, 3), k=2, exclude=[[], [40]], backend="triton")
+        device.linear_topk(torch.ones(2, 3), torch.ones(40, 3), k=2, exclude=[[], [40]])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 0, 3)])
@@ -161,22 +170,22 @@ def test_leading_shapes(shape: tuple[int, ...]) -> None:
 
 def test_k_above_the_kernels_limit() -> None:
     with pytest.raises(ValueError, match="k: the Triton kernels select up to 512 features, got 513"):
-        fast.linear_topk(torch.ones(2, 3), torch.ones(600, 3), k=513, backend="triton")
+        device.linear_topk(torch.ones(2, 3), torch.ones(600, 3), k=513)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts_give_the_same_bits(layout: str) -> None:
     inputs = make_inputs(Case(17, 257, 33, 5))
-    plain = fast.linear_topk(*inputs[:3], k=33, backend="triton")
-    moved = fast.linear_topk(*in_layout(inputs, layout)[:3], k=33, backend="triton")
+    plain = device.linear_topk(*inputs[:3], k=33)
+    moved = device.linear_topk(*in_layout(inputs, layout)[:3], k=33)
     assert_same_bits(moved.values, plain.values)
     assert_same_bits(moved.indices, plain.indices)
 
 
 def test_bits_do_not_depend_on_the_batch() -> None:
     x, weight, bias = make_inputs(Case(33, 500, 17, 70))[:3]
-    whole = fast.linear_topk(x, weight, bias, k=17, backend="triton")
+    whole = device.linear_topk(x, weight, bias, k=17)
     for rows in (slice(0, 1), slice(60, 70)):
-        part = fast.linear_topk(x[rows], weight, bias, k=17, backend="triton")
+        part = device.linear_topk(x[rows], weight, bias, k=17)
         assert_same_bits(part.values, whole.values[rows])
         assert_same_bits(part.indices, whole.indices[rows])

@@ -10,9 +10,9 @@ import torch
 import triton
 from cases import DTYPES, Case, make_inputs
 from helpers import assert_same_bits
+from triton_cases import device, on_device, operators
 
 import saerec_fast as fast
-from saerec_fast import ops
 from saerec_fast.kernels.triton import (
     decode_sparse,
     encode_threshold,
@@ -51,7 +51,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def encoded(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.operators_of("triton").encode_topk(*inputs[:4], CASE.k)
+    return operators.encode_topk(*inputs[:4], CASE.k)
 
 
 # --- every configuration
@@ -66,10 +66,10 @@ def test_configurations_of_the_score_passes(name: str, dtype: torch.dtype, monke
     exclude = fast.Ragged.from_lists([[(7 * i) % 300 for i in range(10 * r)] for r in range(5)])
     configurations = getattr(linear_topk, name)(dtype)
     assert 1 <= len(configurations) <= 6
-    expected = fast.linear_topk(x, weight, bias, k=9, exclude=exclude, backend="triton")
+    expected = device.linear_topk(x, weight, bias, k=9, exclude=exclude)
     for configuration in configurations[1:]:
         monkeypatch.setattr(linear_topk, name, lambda dtype, chosen=configuration: [chosen])
-        result = fast.linear_topk(x, weight, bias, k=9, exclude=exclude, backend="triton")
+        result = device.linear_topk(x, weight, bias, k=9, exclude=exclude)
         assert_same_bits(result.values, expected.values)
         assert_same_bits(result.indices, expected.indices)
 
@@ -79,8 +79,8 @@ def test_configurations_of_the_threshold_passes(dtype: torch.dtype, monkeypatch:
     inputs, threshold = make_inputs(Case(19, 70, 1, 5, dtype)), torch.tensor([0.5])
 
     def results() -> tuple[torch.Tensor, ...]:
-        entries = encode_threshold.encode_threshold(*inputs[:4], threshold)
-        return *entries, reconstruct_threshold.reconstruct_threshold(*inputs, threshold)
+        entries = on_device(encode_threshold.encode_threshold, *inputs[:4], threshold)
+        return *entries, on_device(reconstruct_threshold.reconstruct_threshold, *inputs, threshold)
 
     expected = results()
     for module, name, configurations in (
@@ -110,7 +110,7 @@ def test_wider_groups_are_all_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_topk, "launch", spy)
     for configuration in linear_topk.maxima_configurations(torch.float32):
         monkeypatch.setattr(linear_topk, "maxima_configurations", lambda dtype, chosen=configuration: [chosen])
-        fast.linear_topk(x, weight, k=8, backend="triton")
+        device.linear_topk(x, weight, k=8)
     assert len(seen) == 3
     assert all(largest < UNWRITTEN for largest in seen)
 
@@ -121,7 +121,6 @@ def test_configurations_of_sparse_sums(dtype: torch.dtype, monkeypatch: pytest.M
     offsets = torch.tensor([0, 0, 35, 38])
     indices = torch.arange(38, dtype=torch.int32) % 5 % 2
     values = torch.linspace(-1, 1, 38).to(dtype)
-    operators = ops.operators_of("triton")
 
     def results() -> tuple[torch.Tensor, ...]:
         decoded = operators.decode_sparse(offsets, indices, values, W_dec, b_dec)
@@ -198,8 +197,8 @@ def test_trials_leave_threshold_passes_as_one_run_does(timed: list[int], monkeyp
     inputs, activation = make_inputs(Case(7, 140, 3, 6, torch.bfloat16)), fast.JumpReLU(0.5)
 
     def results() -> tuple[torch.Tensor, ...]:
-        entries = fast.encode_threshold(*inputs[:4], 0.5, backend="triton")
-        return *entries[:3], fast.reconstruct(*inputs, activation, backend="triton")
+        entries = device.encode_threshold(*inputs[:4], 0.5)
+        return *entries[:3], device.reconstruct(*inputs, activation)
 
     expected = results()
     with tuning.autotuning():
@@ -214,7 +213,7 @@ def test_backward_passes_are_tuned_too(timed: list[int]) -> None:
 
     def gradients() -> tuple[torch.Tensor, ...]:
         x, *weights = (tensor.clone().requires_grad_() for tensor in inputs)
-        fast.reconstruct(x, *weights, fast.TopK(2), backend="triton").square().sum().backward()
+        device.reconstruct(x, *weights, fast.TopK(2)).square().sum().backward()
         return tuple(tensor.grad for tensor in (x, *weights))
 
     expected = gradients()

@@ -1,4 +1,4 @@
-"""Reconstruction and steering by thresholds, without a list of what is active, in triton's interpreter."""
+"""Reconstruction and steering by thresholds, without a list of what is active."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from capacity_checks import RefuseWaiting
+from capacity_checks import without_waiting
 from cases import DTYPES, Case, Inputs, make_inputs
 from helpers import LAYOUTS, assert_equal, assert_no_worse, assert_same_bits, in_layout
-from triton_cases import integer_inputs, integers
+from triton_cases import device, integer_inputs, integers, on_device
 
 import saerec_fast as fast
 from saerec_fast import reference
@@ -31,7 +31,7 @@ def per_feature(n: int) -> fast.JumpReLU:
 
 def check(inputs: Inputs, activation: fast.ReLU | fast.JumpReLU) -> torch.Tensor:
     """Equality with the float64 reference, rounded once."""
-    out = fast.reconstruct(*inputs, activation, backend="triton")
+    out = device.reconstruct(*inputs, activation)
     assert out.dtype == inputs.x.dtype
     assert_equal(out, reference.reconstruct(*inputs.to(torch.float64), activation).to(out.dtype))
     return out
@@ -67,7 +67,7 @@ def test_no_worse_than_pytorch(activation: fast.ReLU | fast.JumpReLU | fast.Batc
     plain_scores = reference.pre_activations(*inputs[:4])
     decided = ((scores > threshold) == (plain_scores > threshold)).all(-1) & ((scores - threshold).abs() > 1e-5).all(-1)
     assert decided.sum() >= 5
-    out = fast.reconstruct(*inputs, activation, backend="triton")
+    out = device.reconstruct(*inputs, activation)
     plain, truth = (reference.reconstruct(*of, activation) for of in (inputs, exact))
     assert_no_worse(out[decided], plain[decided], truth[decided], 2.0)
 
@@ -86,8 +86,8 @@ def test_non_finite_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts_give_the_same_bits(layout: str) -> None:
     inputs = make_inputs(Case(17, 70, 1, 5))
-    moved = fast.reconstruct(*in_layout(inputs, layout), fast.ReLU(), backend="triton")
-    assert_same_bits(moved, fast.reconstruct(*inputs, fast.ReLU(), backend="triton"))
+    moved = device.reconstruct(*in_layout(inputs, layout), fast.ReLU())
+    assert_same_bits(moved, device.reconstruct(*inputs, fast.ReLU()))
 
 
 def test_weights_of_unlike_strides() -> None:
@@ -123,7 +123,7 @@ def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, monkeypatch: pytest
     monkeypatch.setattr(reconstruct_threshold, "launch_tuned", spy)
 
     def run(rows: slice) -> torch.Tensor:
-        return fast.reconstruct(inputs.x[rows], *inputs[1:], fast.ReLU(), backend="triton")
+        return device.reconstruct(inputs.x[rows], *inputs[1:], fast.ReLU())
 
     whole = run(slice(0, 131))
     assert_same_bits(run(slice(130, 131)), whole[130:])
@@ -138,7 +138,7 @@ def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, monkeypatch: pytest
 
 def check_steer(inputs: Inputs, activation: fast.ReLU | fast.JumpReLU, edits: list[fast.Edit], positions="all") -> None:
     plan = fast.SteeringPlan(edits, "reconstruct", positions)
-    out = fast.steer(*inputs, activation, plan, backend="triton")
+    out = device.steer(*inputs, activation, plan)
     assert_equal(out, reference.steer(*inputs.to(torch.float64), activation, plan).to(out.dtype))
 
 
@@ -170,23 +170,23 @@ def test_waits_only_for_wide_states(d: int, waits: bool) -> None:
     """Of the kernels' functions: a dispatch mode does not see into operators."""
     inputs, threshold = integer_inputs(Case(d, 5, 1, 2)), torch.tensor([0.0])
     edits = [1], [fast.ops.EDIT_CODES["set"]], torch.tensor([2.0]), torch.tensor([True, False])
-    for run in (
-        lambda: reconstruct.reconstruct(*inputs, threshold, 0),
-        lambda: steer.steer(*inputs, threshold, 0, True, *edits),
+    for function, args in (
+        (reconstruct.reconstruct, (*inputs, threshold, 0)),
+        (steer.steer, (*inputs, threshold, 0, True, *edits)),
     ):
-        run()  # a plan's tensors are made by its first call
+        on_device(function, *args)  # a plan's tensors are made by its first call
         expected = pytest.raises(AssertionError, match="waits for the device") if waits else nullcontext()
-        with expected, RefuseWaiting():
-            run()
+        with expected:
+            on_device(without_waiting(function), *args)
 
 
 def test_gradients() -> None:
     inputs = integer_inputs(Case(9, 40, 1, 5))
     weights = integers(5, 9, seed=3)
     found = []
-    for module, options in ((fast, {"backend": "triton"}), (reference, {})):
+    for module in (device, reference):
         leaves = Inputs(*(tensor.clone().requires_grad_() for tensor in inputs))
-        out = module.reconstruct(*leaves, fast.JumpReLU(2.0), **options)
+        out = module.reconstruct(*leaves, fast.JumpReLU(2.0))
         found.append(torch.autograd.grad((out * weights).sum(), leaves))
     for name, actual, expected in zip(Inputs._fields, *found, strict=True):
         assert torch.equal(actual, expected), name
