@@ -139,9 +139,6 @@ def steering_cells() -> list[Any]:
     return cells
 
 
-# ------------------------------------------------------------------------------------------------------ recommenders
-
-
 @cache
 def host(name: str) -> Host:
     """A recommender of that name.
@@ -234,9 +231,6 @@ def sharing_copy(recommender: Recommender) -> Recommender:
     return copy.deepcopy(recommender, {id(tensor): tensor for tensor in shared})
 
 
-# ------------------------------------------------------------------------------------------------------ autoencoders
-
-
 @cache
 def autoencoder(host_name: str, activation: str) -> sf.SparseAutoencoder:
     """About ``K`` features fire on a position of the recommender's hidden states."""
@@ -284,9 +278,6 @@ def _hidden(output: Any) -> Tensor:
 
 def _replaced(output: Any, hidden: Tensor) -> Any:
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-
-# --------------------------------------------------------------------------------------------------------- the truth
 
 
 class Truth(NamedTuple):
@@ -349,9 +340,6 @@ def _decided(sae: sf.SparseAutoencoder, hidden: Tensor) -> Tensor:
     else:
         gap = (scores - sf.types.inference_threshold(activation)).abs().amin(-1)
     return (gap > least).all(-1)
-
-
-# -------------------------------------------------------------------------------------------------------------- ways
 
 
 class Edits(NamedTuple):

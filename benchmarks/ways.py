@@ -44,9 +44,6 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-# ---------------------------------------------------------------------------------------------- encode and decode
-
-
 def saerec_module(weights: Inputs, k: int) -> nn.Module:
     n, d = weights.W_enc.shape
     sae = sf.SparseAutoencoder(d, n, sf.TopK(k) if k else sf.ReLU())
@@ -163,8 +160,6 @@ RELU = {
     "dictionary_learning": Way("sae library", dictionary_learning),
     "encoder_addmm": Way("yardstick", encoder_addmm),
 }
-
-# --------------------------------------------------------------------------------------------------- training step
 
 
 class Step:
@@ -286,7 +281,6 @@ STEP_RELU = {
     "encoder_addmm": Way("yardstick", encoder_addmm),
 }
 
-# ----------------------------------------------------------------------------------------------- catalogue scoring
 
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -357,8 +351,6 @@ CATALOGUE = {
     "implicit": Way("search", implicit_catalogue),
     "items_matmul": Way("yardstick", items_matmul),
 }
-
-# ---------------------------------------------------------------------------------------------------------- helpers
 
 
 def _folded(weights: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -28,9 +28,6 @@ def not_installed(peer: str) -> None:
     raise peers.PeerUnavailableError(f"{peer}: {cause}") from cause
 
 
-# --- measurements
-
-
 def test_every_section_is_in_the_report(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "available", lambda: "")
     monkeypatch.setattr(gpu_measure, "usable", lambda backend: f"no {backend} here")
@@ -127,9 +124,6 @@ def test_ways_of_the_cpu_benchmark_agree_with_the_truth(dtype: torch.dtype) -> N
         assert gpu_measure.relative_error(out, truth, torch.ones(6, dtype=torch.bool)) < 1e-5
 
 
-# --- a process that measures, and the one that watches it
-
-
 WORKER = """
 import os, sys, time
 from pathlib import Path
@@ -215,9 +209,6 @@ def test_a_process_that_cannot_begin_is_not_tried_again(tmp_path: Path) -> None:
     assert len(runs) == 1
 
 
-# --- steps
-
-
 def step_of(script: str, seconds: float) -> dict[str, object]:
     journal = Journal()
     gpu.run_step(journal, "name", [sys.executable, "-c", script], seconds)
@@ -282,9 +273,6 @@ def test_a_dry_run_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert text.count("| eager_bag | ") == 2, result.stderr
     assert "saerec-fast 0" in text
     assert "| measurements | " in text
-
-
-# --- the report, of made-up measurements
 
 
 FORWARD = "Encode + decode, 65536 rows, (d, n, k) = (64, 2048, 32), bfloat16"

@@ -135,8 +135,6 @@ def check(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     return found
 
 
-# --- ops as modules call them
-
 AS_CALLED = SimpleNamespace(**{name: partial(on_device, getattr(fast, name)) for name in OPS})
 
 
@@ -144,9 +142,6 @@ AS_CALLED = SimpleNamespace(**{name: partial(on_device, getattr(fast, name)) for
 @pytest.mark.parametrize("name", differentiable_ops(reference))
 def test_ops_and_their_gradients(backend: str, name: str) -> None:
     check_gradients(name, AS_CALLED, torch.float32)
-
-
-# --- autoencoders
 
 
 def test_forward_encode_and_decode(backend: str, sae: SparseAutoencoder) -> None:
@@ -227,9 +222,6 @@ def test_save_and_load(tmp_path: Path) -> None:
 
     for actual, expected in zip(on_device(run, sae), sae.state_dict().values(), strict=True):
         assert torch.equal(actual, expected)
-
-
-# --- steered models
 
 
 @pytest.mark.parametrize("mode", ["delta", "reconstruct"])
@@ -363,9 +355,6 @@ def test_training_run(backend: str, tmp_path: Path, activation: Any) -> None:
     (W_dec,) = on_device(run)
     assert explained[-1] > max(explained[0], 0.5)
     torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(N_FEATURES))
-
-
-# --- compiled, captured, not waiting
 
 
 @on_kernels

@@ -43,9 +43,6 @@ def test_the_backend_is_there_and_named() -> None:
         device.linear_topk(torch.ones(2, 3).double(), torch.ones(4, 3).double(), k=1)
 
 
-# --- threshold encoders
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["relu", "negative", "per_feature"])
 def test_encode_threshold(kind: str, dtype: torch.dtype) -> None:
@@ -87,9 +84,6 @@ def test_encode_features(dtype: torch.dtype) -> None:
     bad = operators.encode_features(*inputs[:4], torch.tensor([0.0]), torch.tensor([130, 3]))
     assert bad[:, 0].isnan().all()
     assert not bad[:, 1].isnan().any()
-
-
-# --- decoding
 
 
 @pytest.mark.parametrize("indices_dtype", [torch.int32, torch.int64], ids=str)
@@ -151,9 +145,6 @@ def test_reconstruct_is_no_worse_than_pytorch(case: Case) -> None:
         rows = decided_rows(inputs, activation)
         truth = reference.reconstruct(*inputs.to(torch.float64), activation)
         assert_no_worse(out[rows], reference.reconstruct(*inputs, activation)[rows], truth[rows], 2.0)
-
-
-# --- steering
 
 
 def all_edits(n: int) -> list[fast.Edit]:
@@ -248,7 +239,7 @@ def test_leading_shapes(shape: tuple[int, ...]) -> None:
         assert device.reconstruct(*inputs, ACTIVATIONS[name]).shape == inputs.x.shape
 
 
-# --- gradients: on integers every sum is exact, so they equal those of the float64 reference, rounded once
+# On integers every sum is exact, so that gradients equal those of the float64 reference, rounded once.
 
 
 def _steer(module, mode: str, name: str) -> Callable[[Inputs], torch.Tensor]:
@@ -341,9 +332,6 @@ def test_training_step(dtype: torch.dtype) -> None:
         strict=True,
     ):
         assert_equal(a, e)
-
-
-# --- operators
 
 
 def test_the_operators_of_all_backends_agree() -> None:

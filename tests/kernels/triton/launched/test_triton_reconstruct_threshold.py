@@ -37,9 +37,6 @@ def check(inputs: Inputs, activation: fast.ReLU | fast.JumpReLU) -> torch.Tensor
     return out
 
 
-# --- values
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("d", "n", "rows"), [(1, 1, 1), (15, 17, 3), (16, 16, 2), (17, 129, 130), (3, 5, 0)])
 def test_odd_sizes(d: int, n: int, rows: int, dtype: torch.dtype) -> None:
@@ -106,9 +103,6 @@ def test_infinity_stays_where_nothing_cancels_it() -> None:
     assert check(positive, fast.ReLU())[0].eq(INF).all()
 
 
-# --- one order of sums
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruct_threshold, "PART", PART)
@@ -131,9 +125,6 @@ def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, monkeypatch: pytest
     assert_same_bits(run(slice(0, 131)), whole)
     assert_same_bits(run(slice(60, 70)), whole[60:70])
     assert programs == [4, 4, 1, 4]
-
-
-# --- edited features
 
 
 def check_steer(inputs: Inputs, activation: fast.ReLU | fast.JumpReLU, edits: list[fast.Edit], positions="all") -> None:
@@ -160,9 +151,6 @@ def test_what_an_edit_sets_hides_what_was_encoded() -> None:
     inputs = integer_inputs(Case(9, 70, 1, 4))
     inputs.W_enc[3], inputs.W_enc[66] = NAN, INF
     check_steer(inputs, fast.ReLU(), [fast.Edit(3, "set", 2.0), fast.Edit(66, "set", -1.0)])
-
-
-# --- waiting
 
 
 @pytest.mark.parametrize(("d", "waits"), [(512, False), (513, True)])

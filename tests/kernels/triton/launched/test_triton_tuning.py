@@ -54,9 +54,6 @@ def encoded(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return operators.encode_topk(*inputs[:4], CASE.k)
 
 
-# --- every configuration
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["maxima_configurations", "emit_configurations"])
 def test_configurations_of_the_score_passes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +129,6 @@ def test_configurations_of_sparse_sums(dtype: torch.dtype, monkeypatch: pytest.M
             monkeypatch.setattr(module, "CONFIGURATIONS", [configuration])
             for out, truth in zip(results(), expected, strict=True):
                 assert_same_bits(out, truth)
-
-
-# --- when it is timed
 
 
 def test_nothing_is_timed_unasked(timed: list[int]) -> None:
