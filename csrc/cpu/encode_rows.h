@@ -61,7 +61,8 @@ std::vector<float> widened_thresholds(const Vector& thresholds, int64_t n);
 const ThresholdLog& encode_threshold_chunk(EncoderScratch& scratch, const Matrix& x, const EncoderWeights& weights,
                                            int64_t begin, int64_t end, const float* thresholds);
 
-// A log with its entries grouped by row: row r holds [offsets[r], offsets[r + 1]). Valid until the scratch is used again.
+// A log with its entries grouped by row: row r holds [offsets[r], offsets[r + 1]). Valid until the scratch is used
+// again.
 struct GroupedLog {
   const int64_t* offsets = nullptr;
   const uint32_t* features = nullptr;

@@ -322,8 +322,8 @@ struct ThresholdSink {
         const Vec value = load(F32{}, task.values + i);
         // "Not <=": a NaN stays visible.
         const uint32_t active = ~at_least(threshold, value) & lanes_before(count - i);
-        log.count += pack_front(log.values + log.count, log.features + log.count, value,
-                                quads_load(task.features + i), active);
+        log.count +=
+            pack_front(log.values + log.count, log.features + log.count, value, quads_load(task.features + i), active);
       }
     } else {
       for (int64_t i = 0; i < count; ++i) {

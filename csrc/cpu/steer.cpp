@@ -329,8 +329,7 @@ class ChunkSteerer {
       return;
     }
     EncoderScratch& scratch = thread_encoder_scratch();
-    const ThresholdLog& log =
-        encode_threshold_chunk(scratch, x_, weights_, 0, params_.weight_enc.rows, thresholds_);
+    const ThresholdLog& log = encode_threshold_chunk(scratch, x_, weights_, 0, params_.weight_enc.rows, thresholds_);
     const GroupedLog active = group_by_row(scratch, log, x_.rows);
     make_room(log.count);
     for (int64_t r = 0; r < x_.rows; ++r) {
