@@ -284,8 +284,8 @@ struct ThresholdSink {
   static Vec lowered(Vec threshold, Vec inverse_step) {
     const Vec scaled = mul(threshold, inverse_step);
     const Vec bound = fmadd(maximum(scaled, sub(zero(), scaled)), set1(-8.0f * kRounding), scaled);
-    // maximum() takes its second argument in place of a NaN: such a threshold leaves nothing out. What is above it are
-    // all features, and not the -infinity of what is none.
+    // maximum() takes its second argument in place of a NaN: such a threshold leaves nothing out. Nor does that of
+    // -infinity, but for the uppers of -infinity beyond the last feature.
     return maximum(bound, set1(-kLargestFloat));
   }
 
@@ -316,11 +316,11 @@ struct ThresholdSink {
     score_features(task.encode, row, task.features, count, task.values);
     ThresholdLog& log = *task.log;
     if (log.capacity - log.count < count + kLanes) grow_log(log, count);
+    // "Not <=": a NaN stays visible.
     if (uniform) {
       const Vec threshold = set1(task.thresholds[range.first]);
       for (int64_t i = 0; i < count; i += kLanes) {
         const Vec value = load(F32{}, task.values + i);
-        // "Not <=": a NaN stays visible.
         const uint32_t active = ~at_least(threshold, value) & lanes_before(count - i);
         log.count +=
             pack_front(log.values + log.count, log.features + log.count, value, quads_load(task.features + i), active);
