@@ -39,7 +39,7 @@ class Kernel:
         valid: Tensor | None = None,
     ) -> Tensor:
         batch_shape = inputs.x.shape[:-1]
-        tensors = [moved(tensor, self.device) for tensor in inputs]
+        tensors = [None if tensor is None else moved(tensor, self.device) for tensor in inputs]  # biases may be absent
         values = torch.tensor(plan.values, dtype=torch.float32) if strengths is None else strengths
         if values.dim() > 1:
             values = values.expand(*batch_shape, len(plan.edits)).reshape(math.prod(batch_shape), len(plan.edits))
