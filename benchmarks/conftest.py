@@ -17,6 +17,7 @@ import pytest
 import torch
 from memory import extra_bytes
 from steering import STEERING, host, sharing_copy, steering_truth
+from steering_report import interval_of_median
 from tasks import TASKS, check_recommendations, grad_mode
 from threadpoolctl import threadpool_info
 from ways import set_threads
@@ -133,7 +134,7 @@ def _time_added(
         (one - 0.5 * (before + after)) / calls
         for one, before, after in zip(with_plan, without[:-1], without[1:], strict=True)
     ]
-    low, high = _interval_of_median(added)
+    low, high = interval_of_median(added)
     return {
         "added": statistics.median(added),
         "added_low": low,
@@ -141,13 +142,6 @@ def _time_added(
         "unsteered": statistics.median(without) / calls,
         "calls": calls,
     }
-
-
-def _interval_of_median(values: list[float]) -> tuple[float, float]:
-    """95 % confidence interval, whatever the distribution: the number of values below the median is binomial."""
-    in_order, count = sorted(values), len(values)
-    below = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
-    return in_order[below], in_order[-1 - below]
 
 
 def _time(benchmark: Any, call: Callable[[Any], Any], x: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -78,10 +79,12 @@ class Goal:
         return value >= self.limit if self.at_least else value <= self.limit
 
     def best_and_worst(self, ways: dict[str, Added]) -> tuple[float, float]:
-        """At the ends of the interval of our added time."""
+        """At the ends of the interval of our added time; a ratio to an end that is not above 0 has no bound."""
         ours = ways[OURS]
-        ends = [self.measured({**ways, OURS: replace(ours, median=end)}) for end in (ours.low, ours.high)]
-        best, worst = (end for end in ends if end is not None)
+        ends = [
+            self.measured({**ways, OURS: replace(ours, median=end, low=end, high=end)}) for end in (ours.low, ours.high)
+        ]
+        best, worst = (math.inf if end is None else end for end in ends)
         return best, worst
 
 
@@ -95,6 +98,13 @@ def _seconds(ways: dict[str, Added]) -> float | None:
 
 def _beside_nnsight(ways: dict[str, Added]) -> float | None:
     return ratio(ways.get("nnsight"), ways.get(OURS))
+
+
+def interval_of_median(values: list[float]) -> tuple[float, float]:
+    """95 % confidence interval, whatever the distribution: the number of values below the median is binomial."""
+    in_order, count = sorted(values), len(values)
+    below = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    return in_order[below], in_order[-1 - below]
 
 
 def ratio(other: Added | None, ours: Added | None) -> float | None:
@@ -119,7 +129,7 @@ def _percent(share: float) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.1f} ×"
+    return "∞" if value == math.inf else f"{value:.1f} ×"
 
 
 def _adds(setting: Setting) -> bool:

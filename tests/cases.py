@@ -71,3 +71,13 @@ def make_inputs(case: Case, seed: int = 0, scale: float = 1.0) -> Inputs:
         b_dec=normal(case.d, std=0.1 * scale),
         W_dec=normal(case.n, case.d, std=case.d**-0.5),
     )
+
+
+def integer_inputs(case: Case, seed: int = 0, largest: int = 2) -> Inputs:
+    """Small integers: every sum is exact, so that the order of additions cannot matter, and scores tie."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(-largest, largest + 1, shape, generator=generator).to(case.dtype)
+
+    return Inputs(draw(case.rows, case.d), draw(case.n, case.d), draw(case.n), draw(case.d), draw(case.n, case.d))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import report
 import steering_report
+from scipy.stats import binom
 
 
 def benchmark(way: str, role: str, seconds: float, **info: Any) -> dict[str, Any]:
@@ -157,6 +158,23 @@ def test_goals_that_are_missed_for_certain(added: float, certain: int) -> None:
     assert f"short in 1, for certain in {certain}" in steering_report.goal_table(cells)
     found = columns(steering_report.goal_details(cells), 0)
     assert found["95 % interval"] == f"{(added - 2e-6) / 1e-3:.2%} to {(added + 2e-6) / 1e-3:.2%}".replace("%", " %")
+
+
+@pytest.mark.parametrize(("added", "interval"), [(20e-6, "27.8 × to 22.7 ×"), (1e-6, "∞ to 166.7 ×")])
+def test_intervals_of_ratios(added: float, interval: str) -> None:
+    cells = steering_report.read_added([steered("saerec_fast", added), steered("nnsight", 500e-6)])
+    row = next(row for row in steering_report.goal_details(cells).splitlines() if "nnsight" in row)
+    assert f"| {interval} |" in row
+
+
+@pytest.mark.parametrize("count", [1, 5, 10, 80, 250])
+def test_the_interval_of_a_median_holds_it_in_95_of_100_cases(count: int) -> None:
+    low, high = steering_report.interval_of_median([float(rank) for rank in range(count)][::-1])
+    # The median lies between ranks low and high where so many values, and no fewer, are below it.
+    held = binom.cdf(high, count, 0.5) - binom.cdf(low, count, 0.5)
+    assert held > 0.94 or (low, high) == (0, count - 1)
+    narrower = binom.cdf(high - 1, count, 0.5) - binom.cdf(low + 1, count, 0.5)
+    assert narrower < 0.95
 
 
 @pytest.mark.parametrize(

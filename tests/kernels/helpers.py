@@ -134,6 +134,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def assert_same_features(actual: SparseFeatures, expected: SparseFeatures) -> None:
+    """Equality, the expected values (float64) rounded once."""
+    assert actual.batch_shape == expected.batch_shape
+    assert actual.n_features == expected.n_features
+    assert_equal(actual.offsets, expected.offsets)
+    assert_equal(actual.indices, expected.indices)
+    assert_equal(actual.values, expected.values.to(actual.values.dtype))
+
+
 def in_layout(inputs: Inputs, layout: str) -> Inputs:
     return Inputs(*map(LAYOUTS[layout], inputs))
 

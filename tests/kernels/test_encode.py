@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, KERNEL_CASES, Case, Inputs, make_inputs
+from cases import DTYPES, KERNEL_CASES, Case, Inputs, integer_inputs, make_inputs
 from helpers import (
     LAYOUTS,
     assert_equal,
     assert_same_bits,
+    assert_same_features,
     assert_top_k,
     in_layout,
     rounding,
@@ -24,24 +25,6 @@ from saerec_fast import reference
 pytestmark = pytest.mark.usefixtures("isa")
 
 INF, NAN = float("inf"), float("nan")
-
-
-def integer_inputs(d: int, n: int, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
-
-    return Inputs(draw(rows, d), draw(n, d), draw(n), draw(d), draw(n, d))
-
-
-def assert_same_features(actual: fast.SparseFeatures, expected: fast.SparseFeatures) -> None:
-    """Equality, the expected values (float64) rounded once."""
-    assert actual.batch_shape == expected.batch_shape
-    assert actual.n_features == expected.n_features
-    assert_equal(actual.offsets, expected.offsets)
-    assert_equal(actual.indices, expected.indices)
-    assert_equal(actual.values, expected.values.to(actual.values.dtype))
 
 
 def thresholds_of(kind: str, n: int) -> float | torch.Tensor:
@@ -116,9 +99,8 @@ def test_encode_threshold(case: Case, kind: str) -> None:
 @st.composite
 def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
-    inputs = integer_inputs(
-        draw(st.integers(1, 9)), draw(st.integers(1, 80)), draw(st.integers(0, 11)), draw(st.integers(0, 10**6)), dtype
-    )
+    case = Case(draw(st.integers(1, 9)), draw(st.integers(1, 80)), 1, draw(st.integers(0, 11)), dtype)
+    inputs = integer_inputs(case, draw(st.integers(0, 10**6)))
     for tensor in (inputs.x, inputs.W_enc):
         for value in draw(st.lists(st.sampled_from([NAN, INF, -INF, -0.0]), max_size=2)):
             if tensor.numel():
@@ -146,7 +128,7 @@ def test_any_integers_equal_the_reference(problem, data) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_degenerate_rows(dtype: torch.dtype) -> None:
-    inputs = integer_inputs(7, 100, 12, dtype=dtype)
+    inputs = integer_inputs(Case(7, 100, 1, 12, dtype))
     inputs.x[0], inputs.x[1], inputs.x[2] = 0, 3, -0.0
     inputs.x[3], inputs.x[4, 0], inputs.x[5, 6] = NAN, INF, -INF
     inputs.x[6] = inputs.b_dec
@@ -171,7 +153,7 @@ def test_a_score_at_the_threshold_is_off_and_nan_is_on() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 0, 3), (1, 1, 4)])
 def test_leading_shapes(shape: tuple[int, ...]) -> None:
     rows = torch.Size(shape).numel()
-    inputs = integer_inputs(6, 50, rows)
+    inputs = integer_inputs(Case(6, 50, 1, rows))
     inputs = inputs._replace(x=inputs.x.reshape(*shape, 6))
     exact = inputs.to(torch.float64)
     features = fast.encode_topk(*inputs[:4], k=15, backend="cpu")
@@ -197,7 +179,7 @@ def test_memory_layouts_give_the_same_bits(layout: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("rows", [1, 3, 65])
 def test_features_split_over_threads(rows: int) -> None:
-    inputs = integer_inputs(64, 20_001, rows)
+    inputs = integer_inputs(Case(64, 20_001, 1, rows))
     expected_topk = sorted_by_feature(reference.encode_topk(*inputs[:4], k=129))
     expected = reference.encode_threshold(*inputs[:4], 40.0)
     assert len(expected.values) > rows
@@ -210,14 +192,14 @@ def test_features_split_over_threads(rows: int) -> None:
 
 def test_every_feature_active_in_every_row() -> None:
     # More entries than the log's first capacity, and not a multiple of it.
-    inputs = integer_inputs(5, 211, 301)
+    inputs = integer_inputs(Case(5, 211, 1, 301))
     features = fast.encode_threshold(*inputs[:4], -INF, backend="cpu")
     assert len(features.values) == 211 * 301
     assert_same_features(features, reference.encode_threshold(*inputs[:4], -INF))
 
 
 def test_encode_features_takes_columns_of_encode_threshold() -> None:
-    inputs = integer_inputs(5, 40, 9)
+    inputs = integer_inputs(Case(5, 40, 1, 9))
     chosen = torch.tensor([39, 0, 7, 7], dtype=torch.int32)
     dense = fast.encode_threshold(*inputs[:4], 1.0, backend="cpu").dense()
     assert_equal(fast.encode_features(*inputs[:4], 1.0, chosen, backend="cpu"), dense[:, chosen.long()])

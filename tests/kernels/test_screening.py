@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPES, Case, Inputs, make_inputs
+from cases import DTYPES, Case, Inputs, integer_inputs, make_inputs
 from helpers import (
     EPS32,
     assert_equal,
     assert_same_bits,
+    assert_same_features,
     assert_top_k,
     rounding,
     score_tolerance,
@@ -243,26 +244,11 @@ def test_reconstruct_hard_data(problem, kind: str) -> None:
     assert ((result - truth).abs() <= bound).all()
 
 
-def integer_inputs(d: int, n: int, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randint(-1, 2, shape, generator=generator).to(dtype)
-
-    return Inputs(draw(rows, d), draw(n, d), draw(n), draw(d), draw(n, d))
-
-
-def assert_same_features(actual: fast.SparseFeatures, expected: fast.SparseFeatures) -> None:
-    assert_equal(actual.offsets, expected.offsets)
-    assert_equal(actual.indices, expected.indices)
-    assert_equal(actual.values, expected.values.to(actual.values.dtype))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("d", "n", "k"), [(3, 2500, 129), (64, 4129, 17), (130, 4200, 512), (512, 1100, 64)])
 def test_equals_the_reference_on_integers(d: int, n: int, k: int, dtype: torch.dtype) -> None:
     # A handful of distinct scores: ties decide, within a range and between ranges.
-    t = integer_inputs(d, n, ROWS, dtype=dtype)
+    t = integer_inputs(Case(d, n, k, ROWS, dtype), largest=1)
     exact = t.to(torch.float64)
     for rows in (ROWS, 3):
         args, truth = (t.x[:rows], *t[1:4]), (exact.x[:rows], *exact[1:4])
@@ -277,7 +263,7 @@ def test_equals_the_reference_on_integers(d: int, n: int, k: int, dtype: torch.d
 @pytest.mark.parametrize("k", [1, 17, 250])
 @pytest.mark.parametrize("weights", ["finite", "not_finite"])
 def test_rows_and_weights_that_are_not_finite(weights: str, k: int) -> None:
-    t = integer_inputs(20, 2300, 40)
+    t = integer_inputs(Case(20, 2300, 1, 40), largest=1)
     for row, values in enumerate([(NAN, 0), (INF, 1), (-INF, 2), (INF, -INF), (NAN, NAN), (0, 0), (1e38, 1)]):
         t.x[3 * row, :2] = torch.tensor(values)
     packed = None
@@ -297,7 +283,7 @@ def test_rows_and_weights_that_are_not_finite(weights: str, k: int) -> None:
 
 
 def test_weights_too_large_to_be_screened() -> None:
-    t = integer_inputs(5, 600, ROWS)
+    t = integer_inputs(Case(5, 600, 1, ROWS), largest=1)
     for weight, bias in ((t.W_enc * 2.0**70, None), (t.W_enc, t.b_enc * 2.0**70)):
         packed = fast.pack_weights(weight, bias)
         result = fast.linear_topk(t.x, weight, bias, k=17, packed=packed, backend="cpu")
@@ -309,7 +295,7 @@ def test_weights_too_large_to_be_screened() -> None:
 @pytest.mark.parametrize("k", [2048, 2049, 2100, 3000])
 def test_more_features_selected_than_groups_of_scores(k: int) -> None:
     # The first range of features beats all others, so that the rest of the k come from far below.
-    t = integer_inputs(2, 8 * k, ROWS)
+    t = integer_inputs(Case(2, 8 * k, k, ROWS), largest=1)
     t.W_enc[:, 0], t.W_enc[:2048, 0], t.x[:, 0] = -8, 8, 2
     for packed in (None, fast.pack_weights(t.W_enc)):
         result = fast.linear_topk(t.x, t.W_enc, k=k, packed=packed, backend="cpu")
@@ -378,7 +364,7 @@ def exclude_lists(n: int, rows: int) -> list[list[int]]:
 @pytest.mark.parametrize("k", [1, 64, 500])
 def test_excluded_features_of_several_ranges(k: int, d: int) -> None:
     n, rows = 5000, ROWS
-    t = integer_inputs(d, n, rows)
+    t = integer_inputs(Case(d, n, 1, rows), largest=1)
     t.x[7] = NAN
     lists = exclude_lists(n, rows)
     # Each row's best ones are excluded too.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, KERNEL_CASES, Case, Inputs, make_inputs
+from cases import DTYPES, KERNEL_CASES, Case, Inputs, integer_inputs, make_inputs
 from helpers import (
     EPS32,
     LAYOUTS,
@@ -93,15 +93,6 @@ def test_single_edits_on_integers(kind: str, op: str, dtype: torch.dtype) -> Non
         for value in (0.0, 2.0, -1.0):
             plan = fast.SteeringPlan([fast.Edit(39, op, value)], mode=mode)
             check_exact(inputs, activation, plan)
-
-
-def integer_inputs(case: Case, seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(case.dtype)
-
-    return Inputs(draw(case.rows, case.d), draw(case.n, case.d), draw(case.n), draw(case.d), draw(case.n, case.d))
 
 
 def check_exact(inputs: Inputs, activation: Activation, plan: fast.SteeringPlan, **options) -> torch.Tensor:

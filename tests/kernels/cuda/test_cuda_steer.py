@@ -5,7 +5,7 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
-from cases import DTYPES, KERNEL_CASES, Case, Inputs, make_inputs
+from cases import DTYPES, KERNEL_CASES, Case, Inputs, integer_inputs, make_inputs
 from helpers import (
     EPS32,
     LAYOUTS,
@@ -42,16 +42,6 @@ def all_edits(n: int) -> list[fast.Edit]:
     """Every op, on the first and the last feature too, one feature edited twice."""
     features = [0, n // 3, n // 2, n // 2, n - 1]
     return [fast.Edit(f, op, value) for f, op, value in zip(features, OPS, (1.5, -0.75, 2.0, 0.5, 0.25), strict=True)]
-
-
-def integer_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Small integers: every sum is exact, so that the order of additions cannot matter."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(case.dtype)
-
-    return Inputs(draw(case.rows, case.d), draw(case.n, case.d), draw(case.n), draw(case.d), draw(case.n, case.d))
 
 
 def check_exact(kernel, inputs: Inputs, activation: Activation, plan: fast.SteeringPlan, **options) -> torch.Tensor:

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from capacity_checks import without_waiting
-from cases import Case
+from cases import Case, integer_inputs
 from helpers import assert_equal, assert_no_worse, assert_same_bits
 from test_triton_ops import check_gradients, differentiable_ops
 from torch import Tensor, nn
-from triton_cases import DEVICE, OPS, integer_inputs, integers, on_device
+from triton_cases import DEVICE, OPS, integers, on_device
 
 import saerec_fast as fast
 from saerec_fast import backend as backends

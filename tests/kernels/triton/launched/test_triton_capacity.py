@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from capacity_checks import capacities_around, check_capacity, check_gradients, without_waiting
-from cases import DTYPES, Case
-from triton_cases import integer_inputs, on_device
+from cases import DTYPES, Case, integer_inputs
+from triton_cases import on_device
 
 from saerec_fast.kernels.triton.encode_threshold import encode_threshold
 

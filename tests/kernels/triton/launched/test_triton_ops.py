@@ -6,20 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPES, Case, Inputs, make_inputs
-from helpers import LAYOUTS, assert_equal, assert_no_worse, assert_same_bits, decided_rows, in_layout
-from test_ops import operator_calls
-from triton_cases import (
-    DEVICE,
-    LARGE_CASES,
-    SMALL_CASES,
-    check_features,
-    device,
-    integer_inputs,
-    integers,
-    on_device,
-    operators,
+from cases import DTYPES, Case, Inputs, integer_inputs, make_inputs
+from helpers import (
+    LAYOUTS,
+    assert_equal,
+    assert_no_worse,
+    assert_same_bits,
+    assert_same_features,
+    decided_rows,
+    in_layout,
 )
+from test_ops import operator_calls
+from triton_cases import DEVICE, LARGE_CASES, SMALL_CASES, device, integers, on_device, operators
 
 import saerec_fast as fast
 from saerec_fast import ops, reference
@@ -49,8 +47,8 @@ def test_encode_threshold(kind: str, dtype: torch.dtype) -> None:
     inputs = integer_inputs(Case(9, 130, 1, 5, dtype))
     threshold = {"relu": 0.0, "negative": -1.5, "per_feature": torch.arange(130) % 5.0 - 1}[kind]
     expected = reference.encode_threshold(*inputs.to(torch.float64)[:4], threshold)
-    check_features(device.encode_threshold(*inputs[:4], threshold), expected)
-    check_features(
+    assert_same_features(device.encode_threshold(*inputs[:4], threshold), expected)
+    assert_same_features(
         device.encode_threshold(inputs.x, inputs.W_enc, None, None, threshold),
         reference.encode_threshold(inputs.x.double(), inputs.W_enc.double(), None, None, threshold),
     )
@@ -60,7 +58,7 @@ def test_encode_threshold(kind: str, dtype: torch.dtype) -> None:
 def test_encode_threshold_on_odd_sizes(d: int, n: int, rows: int) -> None:
     inputs = integer_inputs(Case(d, n, 1, rows))
     expected = reference.encode_threshold(*inputs.to(torch.float64)[:4], 1.0)
-    check_features(device.encode_threshold(*inputs[:4], 1.0), expected)
+    assert_same_features(device.encode_threshold(*inputs[:4], 1.0), expected)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -68,7 +66,7 @@ def test_encode_threshold_keeps_nan_visible() -> None:
     inputs = integer_inputs(CASE)
     inputs.x[1, 0], inputs.x[2, 3] = NAN, INF
     expected = reference.encode_threshold(*inputs.to(torch.float64)[:4], 0.5)
-    check_features(device.encode_threshold(*inputs[:4], 0.5), expected)
+    assert_same_features(device.encode_threshold(*inputs[:4], 0.5), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,7 +223,7 @@ def test_memory_layouts(layout: str) -> None:
     plan = fast.SteeringPlan(all_edits(130), "reconstruct")
     check_steer(moved, ACTIVATIONS["topk"], plan)
     expected = reference.encode_threshold(*inputs.to(torch.float64)[:4], 1.0)
-    check_features(device.encode_threshold(*moved[:4], 1.0), expected)
+    assert_same_features(device.encode_threshold(*moved[:4], 1.0), expected)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from capacity_checks import without_waiting
-from cases import DTYPES, Case, Inputs, make_inputs
+from cases import DTYPES, Case, Inputs, integer_inputs, make_inputs
 from helpers import LAYOUTS, assert_equal, assert_no_worse, assert_same_bits, in_layout
-from triton_cases import device, integer_inputs, integers, on_device
+from triton_cases import device, integers, on_device
 
 import saerec_fast as fast
 from saerec_fast import reference

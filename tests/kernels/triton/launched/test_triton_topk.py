@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, Case, make_inputs
+from cases import DTYPES, Case, integer_inputs, make_inputs
 from helpers import (
     EPS32,
     LAYOUTS,
     assert_equal,
     assert_same_bits,
+    assert_same_features,
     assert_top_k,
     in_layout,
     rounding,
     score_tolerance,
     truth_scores,
 )
-from triton_cases import (
-    LARGE_CASES,
-    SMALL_CASES,
-    TWO_PASS_CASES,
-    check_features,
-    check_top_k,
-    device,
-    integer_inputs,
-    integers,
-)
+from triton_cases import LARGE_CASES, SMALL_CASES, TWO_PASS_CASES, check_top_k, device, integers
 
 import saerec_fast as fast
 from saerec_fast import reference
@@ -68,7 +60,7 @@ def test_encode_topk(case: Case) -> None:
 def test_encode_topk_equals_the_reference_on_integers(case: Case) -> None:
     inputs = integer_inputs(case)
     expected = reference.encode_topk(*inputs.to(torch.float64)[:4], k=case.k)
-    check_features(device.encode_topk(*inputs[:4], k=case.k), expected)
+    assert_same_features(device.encode_topk(*inputs[:4], k=case.k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 16, 129])

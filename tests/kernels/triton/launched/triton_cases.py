@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cases import DTYPES, KERNEL_CASES, Case, Inputs
+from cases import DTYPES, KERNEL_CASES, Case
 from helpers import assert_equal, moved
 
 import saerec_fast as fast
@@ -73,15 +73,6 @@ def integers(
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
 
-def integer_inputs(case: Case, seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(case.dtype)
-
-    return Inputs(draw(case.rows, case.d), draw(case.n, case.d), draw(case.n), draw(case.d), draw(case.n, case.d))
-
-
 def check_top_k(x, weight, bias=None, *, k, exclude=None) -> fast.TopKResult:
     """Equality with the float64 reference, rounded once."""
     result = device.linear_topk(x, weight, bias, k=k, exclude=exclude)
@@ -92,12 +83,3 @@ def check_top_k(x, weight, bias=None, *, k, exclude=None) -> fast.TopKResult:
     assert_equal(result.indices, expected.indices)
     assert_equal(result.values, expected.values.to(x.dtype))
     return result
-
-
-def check_features(actual: fast.SparseFeatures, expected: fast.SparseFeatures) -> None:
-    """The same for sparse rows."""
-    assert actual.batch_shape == expected.batch_shape
-    assert actual.n_features == expected.n_features
-    assert_equal(actual.offsets, expected.offsets)
-    assert_equal(actual.indices, expected.indices)
-    assert_equal(actual.values, expected.values.to(actual.values.dtype))
