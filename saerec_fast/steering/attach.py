@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 import threading
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -119,6 +120,9 @@ class SteeringHandle:
         # Compiled code would have to be compiled again for the second call, in which the attribute is there.
         _running.masks, _running.requests = _masks(), _requests()
         self._hooks: list[RemovableHandle] = []
+        self._modules = (module,) if valid is None else (module, source)
+        for steered in self._modules:
+            _set_apart(steered)
         # Where the site runs after the module whose arguments are looked at, their mask has to outlive its call.
         self._lasting = not any(inner is module for inner in source.modules())
         if valid is not None:
@@ -231,6 +235,8 @@ class SteeringHandle:
         self._state.plain = None
         while self._hooks:
             self._hooks.pop().remove()
+        for steered in self._modules:
+            _set_back(steered)
         if self._lasting:
             self._forget_mask()
 
@@ -458,7 +464,9 @@ def attach(
 
     Attach before ``torch.compile``: compiled code does not see a hook that comes later. That a model was compiled is
     seen where it is a ``torch.compile`` wrapper, has one, or went through ``Module.compile``, and not where a compiled
-    function calls it.
+    function calls it. An unsteered copy may be compiled beside it, before or after: while attached, the modules that
+    the plan acts in have their class's ``forward`` as an attribute of their own, by which compiled code tells them
+    apart.
 
     Args:
         model: the model whose forward is called.
@@ -632,6 +640,26 @@ def _has_compiled_wrapper(modules: list[nn.Module]) -> bool:
     # Wrappers lie in reference cycles: one that nobody can call any more may just not be collected yet.
     gc.collect()
     return search()
+
+
+def _set_apart(module: nn.Module) -> None:
+    """Keep code that was compiled for another module of the class, without hooks, from being run for this one.
+
+    Dynamo does not compare hooks with those it saw when it compiled (``skip_nnmodule_hook_guards``), and so took a
+    steered model for an unsteered one of the same shape. It does compare whether a module has a ``forward`` of its own.
+    This one is the method of the class, and changes nothing else.
+    """
+    if not isinstance(module, torch.fx.GraphModule):  # which has a class of its own
+        vars(module).setdefault("forward", module.forward)
+
+
+def _set_back(module: nn.Module) -> None:
+    """Undo :func:`_set_apart`, unless another handle still acts in the module or its ``forward`` was replaced."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), SteeringHandle) for hook in hooks):
+        return
+    if vars(module).get("forward") == types.MethodType(type(module).forward, module):
+        del module.forward
 
 
 def _checked_or_planned(strengths: Strengths | None, plan: SteeringPlan, sae: SparseAutoencoder) -> Tensor:

@@ -1393,6 +1393,68 @@ class TestCompiled:
             (traced,) = torch.autograd.grad(compiled(TOKENS).square().sum(), strengths)
         torch.testing.assert_close(traced, eager)
 
+    @pytest.mark.parametrize("first", ["plain", "steered"])
+    @pytest.mark.parametrize("site", ["", "blocks", "blocks.0", "blocks.0.mlp"])
+    @pytest.mark.parametrize("valid", [is_item, None], ids=["valid", "all_valid"])
+    @torch.no_grad()
+    def test_beside_an_unsteered_one(self, site: str, first: str, valid: Any) -> None:
+        """Both of one class and shape: neither runs what was compiled for the other, whichever was compiled first."""
+
+        class Two(Model):  # of the width of the states also at its end
+            def forward(self, tokens: Tensor) -> Tensor:
+                return self.blocks(self.embedding(tokens))
+
+        plain, steered = Two().eval(), Two().eval()
+        plain.blocks = nn.Sequential(*plain.blocks)
+        steered.blocks = nn.Sequential(*steered.blocks)
+        steered.load_state_dict(plain.state_dict())
+        handle = attach(steered, site, make_sae(), SteeringPlan(EDITS), valid=valid)
+        expected = {"plain": plain(TOKENS), "steered": steered(TOKENS)}
+        assert not torch.allclose(expected["plain"], expected["steered"])
+        compiled = {"plain": self.compile(plain), "steered": self.compile(steered)}
+        order = sorted(compiled, key=lambda name: name != first)
+        for name in order * 2:
+            torch.testing.assert_close(compiled[name](TOKENS), expected[name])
+        handle.detach()
+        for name in order:
+            torch.testing.assert_close(compiled[name](TOKENS), expected["plain"])
+
+    @torch.no_grad()
+    def test_a_second_handle_beside_an_unsteered_one(self, sae: SparseAutoencoder) -> None:
+        plain, steered = make_model(), make_model()
+        compiled_plain = self.compile(plain)
+        unsteered = compiled_plain(TOKENS)
+        other = attach(steered, "blocks.0", sae, SteeringPlan([Edit(4, "set", 6.0)]))
+        handle = attach(steered, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item)
+        compiled = self.compile(steered)
+        torch.testing.assert_close(compiled(TOKENS), steered(TOKENS))
+        handle.detach()
+        torch.testing.assert_close(compiled(TOKENS), steered(TOKENS))
+        assert not torch.allclose(compiled(TOKENS), unsteered)
+        other.detach()
+        torch.testing.assert_close(compiled(TOKENS), unsteered)
+        assert all("forward" not in vars(module) for module in steered.modules())
+
+    def test_copies_and_pickles_keep_apart(self, model: Model, sae: SparseAutoencoder) -> None:
+        attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            forward = vars(twin.blocks[0])["forward"]
+            assert forward.__self__ is twin.blocks[0]
+            assert forward.__func__ is Block.forward
+
+    def test_a_forward_put_there_by_somebody_else_stays(self, model: Model, sae: SparseAutoencoder) -> None:
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        theirs = model.blocks[0].forward
+
+        def wrapped(hidden: Tensor) -> Tensor:
+            return theirs(hidden)
+
+        model.blocks[0].forward = wrapped
+        handle.detach()
+        assert model.blocks[0].forward is wrapped
+        attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()
+        assert model.blocks[0].forward is wrapped
+
     def test_attaching_later_is_an_error(self, model: Model, sae: SparseAutoencoder) -> None:
         compiled = self.compile(model)
         for target, site in ((compiled, "blocks.0"), (compiled, "_orig_mod.blocks.0"), (model, "blocks.0")):
