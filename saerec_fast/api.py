@@ -305,16 +305,14 @@ def steer(
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     # The kernels know neither tangents nor batching rules.
     chosen = "reference" if backend == "auto" and is_transformed() else resolve(backend, x)
+    # A compiler does better with these as part of its graph.
+    by_features = plan.only_adds or (plan.mode == "delta" and k == 0)
+    if by_features and backend == "auto" and torch.compiler.is_compiling():
+        return steer_by_features(x, W_enc, b_enc, b_dec, W_dec, threshold, plan, strengths=strengths, valid=valid)
     if chosen == "reference":
         return reference.steer(x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid)
     mask = reference.steered_positions(plan, batch_shape, valid, x.device)
-    if strengths is None:
-        values = torch.tensor(plan.values, dtype=torch.float32, device=x.device)
-    elif strengths.dim() == 1:
-        values = strengths
-    else:
-        values = strengths.expand(*batch_shape, len(plan.edits)).reshape(math.prod(batch_shape), len(plan.edits))
-    edited = [j for j, _ in plan.feature_edits]
+    values = _values_of_rows(x, plan, strengths)
     out = _run(
         chosen,
         "steer",
@@ -326,14 +324,61 @@ def steer(
         threshold,
         k,
         plan.mode == "reconstruct",
-        [edit.feature for _, edit in plan.feature_edits],
-        [ops.EDIT_CODES[edit.op] for _, edit in plan.feature_edits],
-        values if len(edited) == len(plan.edits) else values[..., edited],
+        *_edits(plan, values),
         None if mask is None else mask.reshape(-1),
         packed_bytes,
-    ).view(x.shape)
-    if plan.directions:
-        all_values = values if values.dim() == 1 else values.reshape(*batch_shape, len(plan.edits))
+    )
+    return _with_directions_and_limit(x, out, plan, values, mask)
+
+
+def steer_by_features(
+    x: Tensor,
+    W_enc: Tensor | None,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    plan: SteeringPlan,
+    *,
+    strengths: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    """:func:`steer` in PyTorch's own ops, which a compiler fuses into the layers around it: for plans that only add,
+    which need no encoder (all of it may be ``None``), and where features do not compete (``threshold`` ``(1,)`` or
+    ``(n,)``) for any plan in delta mode. Trusts its arguments, but for the shapes of masks.
+    """
+    mask = reference.steered_positions(plan, x.shape[:-1], valid, x.device)
+    values = _values_of_rows(x, plan, strengths)
+    row_mask = None if mask is None else mask.reshape(-1)
+    out = ops.steer_by_features(_flat(x), W_enc, b_enc, b_dec, W_dec, threshold, *_edits(plan, values), row_mask)
+    return _with_directions_and_limit(x, out, plan, values, mask)
+
+
+def _edits(plan: SteeringPlan, values: Tensor) -> tuple[list[int], list[int], Tensor]:
+    """The edits of features alone: ids, codes of their ops, and their share of ``values``."""
+    codes = [ops.EDIT_CODES[op] for op in plan.ops]
+    if plan.direction_width is not None:
+        values = values[..., [j for j, _ in plan.feature_edits]]
+    return list(plan.features), codes, values
+
+
+def _values_of_rows(x: Tensor, plan: SteeringPlan, strengths: Tensor | None) -> Tensor:
+    """What the plan's edits do by how much: ``(m,)``, or ``(rows, m)`` for the rows of the flattened batch."""
+    if strengths is None:
+        return torch.tensor(plan.values, dtype=torch.float32, device=x.device)
+    if strengths.dim() == 1:
+        return strengths
+    batch_shape, m = x.shape[:-1], len(plan.edits)
+    return strengths.expand(*batch_shape, m).reshape(math.prod(batch_shape), m)
+
+
+def _with_directions_and_limit(
+    x: Tensor, rows: Tensor, plan: SteeringPlan, values: Tensor, mask: Tensor | None
+) -> Tensor:
+    """``rows (R, d)``, in which features are edited already, in the shape of ``x`` and with the rest of the plan."""
+    out = rows.view(x.shape)
+    if plan.direction_width is not None:
+        all_values = values if values.dim() == 1 else values.reshape(*x.shape[:-1], len(plan.edits))
         moved = reference.add_change(out, reference.along_directions(plan, all_values).to(x.dtype))
         out = moved if mask is None else torch.where(mask.unsqueeze(-1), moved, out)
     return reference.limit_change(x, out, plan)

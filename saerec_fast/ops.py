@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd.function import once_differentiable
 
+from saerec_fast import reference
 from saerec_fast.backend import available_backends
 from saerec_fast.types.plan import OPS
 
@@ -370,54 +371,90 @@ def _steer_differentiable(
     packed: Tensor | None = None,
 ) -> Tensor:
     """The fused op as a composition of differentiable ones."""
+    if not reconstruct and (k == 0 or all(op == EDIT_CODES["add"] for op in ops)):
+        return steer_by_features(x, W_enc, b_enc, b_dec, W_dec, threshold, features, ops, values, mask)
     slots = sorted(set(features))
     slot_ids = torch.tensor(slots, dtype=torch.int64, device=x.device)
     rows = x.shape[0]
     # In delta mode a feature that is only added to changes by the sum of its values, whatever its activation.
     needed = {f for f, op in zip(features, ops, strict=True) if reconstruct or op != EDIT_CODES["add"]}
     columns = {slot: x.new_zeros(rows) for slot in slots}
-    sparse: tuple[Tensor, Tensor, Tensor] | None = None
     if k > 0:
-        if needed or reconstruct:
-            top_values, top_indices = operators.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
-            sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
-            columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
-    elif reconstruct:
+        top_values, top_indices = operators.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
+        offsets, indices, entries = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
+        columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
+    else:
         assert threshold is not None
-        sparse = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
-        offsets, indices, entries = sparse
+        offsets, indices, entries = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
         entry_rows = torch.arange(rows, device=x.device).repeat_interleave(offsets.diff(), output_size=indices.shape[0])
         for slot in needed:
             columns[slot] = columns[slot].index_add(0, entry_rows, torch.where(indices == slot, entries, 0))
-    elif needed:
-        assert threshold is not None
-        needed_ids = torch.tensor(sorted(needed), dtype=torch.int64, device=x.device)
-        centred = x if b_dec is None else x - b_dec
-        pre = centred @ W_enc.index_select(0, needed_ids).T
-        if b_enc is not None:
-            pre = pre + b_enc.index_select(0, needed_ids)
-        slot_threshold = threshold if threshold.shape[0] == 1 else threshold.index_select(0, needed_ids)
-        active = torch.where(pre <= slot_threshold, 0, pre)
-        columns |= dict(zip(sorted(needed), active.unbind(-1), strict=True))
     edited = dict(columns)
     for i, (feature, op) in enumerate(zip(features, ops, strict=True)):
         edited[feature] = _EDITS[op](edited[feature], values[..., i].to(x.dtype).expand(rows))
-    steered = x
     if reconstruct:
-        assert sparse is not None
         # Edited features leave the sparse part altogether: taking an infinite activation off again would not undo it.
-        offsets, indices, entries = sparse
         if slots:
             entries = torch.where(torch.isin(indices, slot_ids), 0, entries)
         steered = operators.decode_sparse(offsets, indices, entries, W_dec, b_dec)
         if slots:
             steered = steered + torch.stack(list(edited.values()), -1) @ W_dec.index_select(0, slot_ids)
-    elif slots:
+    else:
         changes = torch.stack([edited[slot] - columns[slot] for slot in slots], -1)
         # Also for rows the edits happen to leave alone: strengths are learnt starting from neutral values.
         steered = x + changes @ W_dec.index_select(0, slot_ids)
-    steered = steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
-    return steered.clone() if steered is x else steered
+    return steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+
+
+def steer_by_features(
+    x: Tensor,
+    W_enc: Tensor | None,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    features: list[int],
+    ops: list[int],
+    values: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Delta edits that need no activations but those of their own features, in float32 at least. Encoder and
+    ``threshold`` are not looked at where all of them add."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide, values = x.to(dtype), values.to(dtype)
+
+    def places(of: list[int]) -> Tensor:
+        return torch.tensor(of, dtype=torch.int64, device=x.device)
+
+    def decoder_rows(of: list[int]) -> Tensor:
+        return W_dec.index_select(0, places(of)).to(dtype)
+
+    # A feature that is only added to changes by the sum of its values, whatever its activation.
+    needed = sorted({f for f, op in zip(features, ops, strict=True) if op != EDIT_CODES["add"]})
+    added = [j for j, feature in enumerate(features) if feature not in needed]
+    change = x.new_zeros((), dtype=dtype)
+    if added:
+        strengths = values if len(added) == len(features) else values.index_select(-1, places(added))
+        rows = decoder_rows([features[j] for j in added])
+        # The product with a vector would be a call of its own, too.
+        change = strengths @ rows if strengths.dim() > 1 else (strengths.unsqueeze(-1) * rows).sum(0)
+    if needed:
+        assert W_enc is not None
+        assert threshold is not None
+        centred = wide if b_dec is None else wide - b_dec.to(dtype)
+        pre = centred @ W_enc.index_select(0, places(needed)).to(dtype).T
+        if b_enc is not None:
+            pre = pre + b_enc.index_select(0, places(needed)).to(dtype)
+        bound = threshold if threshold.shape[0] == 1 else threshold.index_select(0, places(needed))
+        active = torch.where(pre <= bound.to(dtype), 0, pre)
+        columns = dict(zip(needed, active.unbind(-1), strict=True))
+        for j, (feature, op) in enumerate(zip(features, ops, strict=True)):
+            if feature in columns:
+                columns[feature] = _EDITS[op](columns[feature], values[..., j].expand(x.shape[0]))
+        # Also for rows the edits happen to leave alone: strengths are learnt starting from neutral values.
+        change = change + (torch.stack(list(columns.values()), -1) - active) @ decoder_rows(needed)
+    steered = reference.add_change(wide, change).to(x.dtype)
+    return steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
 
 
 EDIT_CODES = {op: code for code, op in enumerate(OPS)}

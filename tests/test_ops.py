@@ -95,14 +95,19 @@ def test_opcheck(name: str, requires_grad: bool) -> None:
 
 
 class GraphCounter:
-    """The backend aot_eager, counting the graphs it is given."""
+    """The backend aot_eager, counting the graphs it is given and those that call the kernel ``steer``."""
 
     def __init__(self) -> None:
-        self.graphs = 0
+        self.graphs = self.steer_kernels = 0
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         self.graphs += 1
+        self.steer_kernels += _calls_steer(module.graph)
         return torch._dynamo.lookup_backend("aot_eager")(module, example_inputs)
+
+
+def _calls_steer(graph: torch.fx.Graph) -> bool:
+    return any("saerec_fast.steer" in str(node.target) for node in graph.nodes)
 
 
 def _plan(mode: str) -> fast.SteeringPlan:
@@ -135,6 +140,10 @@ COMPILED: dict[str, Callable[[Inputs], Tensor]] = {
 }
 
 
+# In a compiler these are PyTorch's own ops, whose sums round in another order than the kernel's.
+BY_FEATURES = {"steer_last", *(f"steer_delta_{name}" for name in ACTIVATIONS if name != "topk")}
+
+
 def leaves_of(rows: int, seed: int = 0) -> Inputs:
     inputs = make_inputs(Case(8, 60, 7, rows), seed)
     return Inputs(*(tensor.requires_grad_() for tensor in inputs))
@@ -157,8 +166,10 @@ def test_compiles_to_one_graph(name: str, dynamic_output_shapes: None) -> None:
     compiled = torch.compile(COMPILED[name], fullgraph=True, backend=counter)
     inputs = make_inputs(CASE)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(inputs), COMPILED[name](inputs), rtol=0, atol=0)
+        tolerance = 1e-6 if name in BY_FEATURES else 0
+        torch.testing.assert_close(compiled(inputs), COMPILED[name](inputs), rtol=tolerance, atol=tolerance)
     assert counter.graphs == 1
+    assert counter.steer_kernels == (name.startswith("steer") and name not in BY_FEATURES)
     leaves = leaves_of(12)
     out = compiled(leaves)
     assert_all_close([out], [COMPILED[name](leaves)])
@@ -297,10 +308,12 @@ def test_export(activation: str, mode: str) -> None:
     module, x = Steered(ACTIVATIONS[activation], mode), make_inputs(CASE).x
     batch = torch.export.Dim("batch", min=2, max=1000)
     program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: batch}})
-    assert any("saerec_fast.steer" in str(node.target) for node in program.graph.nodes)
+    by_features = f"steer_{mode}_{activation}" in BY_FEATURES
+    assert _calls_steer(program.graph) != by_features
     for rows in (12, 5):
         x = make_inputs(Case(8, 60, 7, rows), seed=rows).x
-        torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=0)
+        tolerance = 1e-6 if by_features else 0
+        torch.testing.assert_close(program.module()(x), module(x), rtol=tolerance, atol=tolerance)
 
 
 def test_uniform_offsets() -> None:

@@ -25,6 +25,7 @@ from saerec_fast.api import (
     pack_weights,
     reconstruct,
     steer,
+    steer_by_features,
 )
 from saerec_fast.backend import KERNEL_DTYPES, choose, is_transformed, is_watched
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
@@ -42,7 +43,7 @@ from saerec_fast.types import (
     TopK,
     inference_threshold,
 )
-from saerec_fast.validation import check_features, check_plan
+from saerec_fast.validation import check_features, check_plan, check_strengths, check_weight
 
 if TYPE_CHECKING:
     from saerec_fast._C import PlainSteer
@@ -344,6 +345,12 @@ class SparseAutoencoder(nn.Module):
         if plans is not None:
             return self._steer_each(x, plans, valid)
         assert isinstance(plan, SteeringPlan)
+        if plan.only_adds and torch.compiler.is_compiling():
+            # Compiled code looks, before every call, at each tensor that it was made with.
+            W_dec = self._folded_decoder()
+            check_weight("W_dec", W_dec, x)
+            check_strengths(strengths, plan, x.shape[:-1], x)
+            return steer_by_features(x, None, None, None, W_dec, None, plan, strengths=strengths, valid=valid)
         weights = self.folded_weights()
         return steer(
             x,
@@ -707,8 +714,14 @@ class SparseAutoencoder(nn.Module):
             (self.W_enc.to(wide) / self.std).to(dtype),
             self.b_enc,
             (self.b_dec.to(wide) * self.std + self.mean).to(dtype),
-            (self.W_dec.to(wide) * self.std).to(dtype),
+            self._folded_decoder(),
         )
+
+    def _folded_decoder(self) -> Tensor:
+        dtype = self.W_dec.dtype
+        if not self._is_normalized:
+            return self.W_dec
+        return (self.W_dec.to(torch.promote_types(dtype, torch.float32)) * self.std).to(dtype)
 
     def _inference_activation(self) -> Activation:
         activation = self.activation

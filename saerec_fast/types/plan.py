@@ -182,9 +182,14 @@ class SteeringPlan:
         widths = sorted({edit.vector.shape[0] for edit in edits if isinstance(edit, Direction)})
         if len(widths) > 1:
             raise ValueError(f"edits: expected directions of one width, got {' and '.join(map(str, widths))}")
-        # For checks against a dictionary, which serving does for every request.
-        largest = max([-1, *[edit.feature for edit in edits if isinstance(edit, Edit)]])
-        object.__setattr__(self, "_largest_feature", largest)
+        # For checks against a dictionary, which serving does for every request, and for compiled code, which compares
+        # all that it was made from before every call.
+        of_features = [edit for edit in edits if isinstance(edit, Edit)]
+        features = tuple(edit.feature for edit in of_features)
+        object.__setattr__(self, "_features", features)
+        object.__setattr__(self, "_largest_feature", max([-1, *features]))
+        object.__setattr__(self, "_ops", tuple(edit.op for edit in of_features))
+        object.__setattr__(self, "_only_adds", mode == "delta" and all(edit.op == "add" for edit in of_features))
         object.__setattr__(self, "_direction_width", widths[0] if widths else None)
 
     def __eq__(self, other: object) -> bool:
@@ -205,6 +210,24 @@ class SteeringPlan:
     def directions(self) -> tuple[tuple[int, Direction], ...]:
         """The directions, each with its place among ``edits``."""
         return tuple((j, edit) for j, edit in enumerate(self.edits) if isinstance(edit, Direction))
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether it moves hidden states by the same vector whatever their activations are."""
+        only_adds: bool = self.__dict__["_only_adds"]
+        return only_adds
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The feature of each edit of one."""
+        features: tuple[int, ...] = self.__dict__["_features"]
+        return features
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """What each edit of a feature does to it."""
+        ops: tuple[Op, ...] = self.__dict__["_ops"]
+        return ops
 
     @property
     def values(self) -> tuple[float, ...]:
