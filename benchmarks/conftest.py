@@ -16,7 +16,7 @@ import peers
 import pytest
 import torch
 from memory import extra_bytes
-from steering import STEERING, host, sharing_copy, steering_truth
+from steering import STEERING, compiled, host, sharing_copy, steering_truth
 from steering_report import interval_of_median
 from tasks import TASKS, check_recommendations, grad_mode
 from threadpoolctl import threadpool_info
@@ -87,6 +87,10 @@ def measure_added(benchmark: Any) -> Callable[[Any, int, str], None]:
             pytest.skip(str(error))
         set_threads(threads)
         with torch.inference_mode():
+            if case.compiled:
+                torch.compiler.reset()
+                plain, steered = compiled(plain), compiled(steered)
+                plain(host(case.host).tokens[: case.rows])
             # A yardstick steers nothing that could be compared.
             yardstick = way.role == "yardstick"
             tokens = steering_truth(case).tokens if yardstick else check_recommendations(case, steered)
@@ -97,7 +101,7 @@ def measure_added(benchmark: Any) -> Callable[[Any, int, str], None]:
             way=way_name,
             role=way.role,
             threads=threads,
-            host=case.host,
+            host=case.model,
             activation=case.activation,
             rows=case.rows,
             **vars(case.plan),

@@ -95,15 +95,20 @@ def _draw(rng: np.random.Generator, ops: list[Any], n_features: int) -> list[sf.
 
 @dataclass(frozen=True)
 class SteeringCase:
-    """``rows`` sequences through a recommender whose hidden states are steered."""
+    """``rows`` sequences through a recommender whose hidden states are steered, as it is or under ``torch.compile``."""
 
     host: str
     activation: str
     plan: Plan
     rows: int
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.host}-{self.activation}-{self.plan}-rows{self.rows}"
+        return f"{self.model}-{self.activation}-{self.plan}-rows{self.rows}"
+
+    @property
+    def model(self) -> str:
+        return f"{self.host}-compiled" if self.compiled else self.host
 
 
 PLANS = (
@@ -114,6 +119,8 @@ PLANS = (
     *((activation, Plan("set", "reconstruct")) for activation in ("relu", "topk", "batchtopk")),
     *((activation, Plan("own")) for activation in ("relu", "topk")),
 )
+# Under torch.compile, for the first number of threads and small batches; every one of them is compiled anew.
+COMPILED_PLANS = (("relu", Plan("add")), ("relu", Plan("edit")), ("topk", Plan("edit")))
 # The trained run has one autoencoder.
 RUN_PLANS = (Plan("add"), Plan("edit"), Plan("edit", positions="last"), Plan("set", "reconstruct"), Plan("own"))
 
@@ -136,7 +143,24 @@ def steering_cells() -> list[Any]:
         # A large batch takes long with dense activations of every position: once is enough.
         if rows < ROWS[-1] or threads == THREADS[-1] or way == "saerec_fast"
     ]
+    compiled = [
+        SteeringCase(host, activation, plan, rows, compiled=True)
+        for rows in ROWS[:-1]
+        for host in ("gpt2", "rectools")
+        for activation, plan in COMPILED_PLANS
+    ]
+    cells += [
+        pytest.param(case, THREADS[0], way, id=f"{case}-threads{THREADS[0]}-{way}")
+        for case in compiled
+        for way in ways_of(case)
+    ]
     return cells
+
+
+def compiled(recommender: Recommender) -> Built:
+    """The same under ``torch.compile``, for the one shape that it is called with."""
+    built: Built = torch.compile(recommender, dynamic=False, fullgraph=True)
+    return built
 
 
 @cache
@@ -502,7 +526,11 @@ def _hooked(case: SteeringCase, recommender: Recommender, change: Change) -> Bui
             steered = change(hidden)
         return _replaced(output, steered)
 
-    recommender.get_submodule(host(case.host).site).register_forward_hook(hook)
+    module = recommender.get_submodule(host(case.host).site)
+    module.register_forward_hook(hook)
+    if case.compiled:
+        # Else compiled code of the unsteered copy would be taken for this one's: hooks are not compared.
+        module.forward = module.forward
     return recommender
 
 
@@ -542,6 +570,8 @@ def ways_of(case: SteeringCase) -> list[str]:
     BatchTopK with its threshold is a ReLU with another threshold: the libraries' figures are those of the ReLU. Edits
     of each sequence's own have no form in the libraries.
     """
+    if case.compiled:
+        return ["saerec_fast", "torch_hook", *(["torch_vector"] if case.plan.edits == "add" else [])]
     if case.plan.edits == "own" or case.activation not in ("relu", "topk"):
         return ["saerec_fast", "torch_hook"]
     if case.plan.edits == "add":
