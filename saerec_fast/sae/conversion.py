@@ -34,7 +34,7 @@ from torch import Tensor
 
 from saerec_fast.files import atomic_path, read_json, read_tensors, write_json, write_tensors
 from saerec_fast.sae.gated import fold_gate
-from saerec_fast.sae.model import SparseAutoencoder
+from saerec_fast.sae.model import SparseAutoencoder, ordinary_tensors
 from saerec_fast.types import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saerec_fast.validation import FLOAT_DTYPES
 
@@ -66,6 +66,7 @@ class _Checkpoint(NamedTuple):
     activation: Activation
 
 
+@ordinary_tensors()
 def load_sae(
     path: str | os.PathLike[str],
     format: CheckpointFormat | Literal["auto"] = "auto",

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -61,6 +62,20 @@ _BATCH_TOPK_SAMPLE_WIDTH = 4
 _BATCH_TOPK_SURPLUS = (1.25, 2.5)
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Around what makes parameters: no inference tensors, even where ``torch.inference_mode`` is on.
+
+    Those do not count their versions, so nothing that is made from them could be kept, and they cannot be trained.
+    Leaving inference mode turns gradients on, which stay off here.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
 class FoldedWeights(NamedTuple):
     """Weights that act on hidden states in their own units: the scalar normalisation is inside them.
 
@@ -95,6 +110,10 @@ class SparseAutoencoder(nn.Module):
 
     Decoder rows start as random directions of unit norm, and the encoder as a copy of the decoder (Gao et al.,
     arXiv 2406.04093, section 2.4); both biases start at 0.
+
+    It may be made, loaded and moved under ``torch.inference_mode``: its tensors are ordinary ones all the same. Where
+    they are not (a copy or an unpickled one made there, tensors assigned from outside), results are the same, but
+    nothing that is made from the weights is kept between calls, which are several times slower then.
 
     Args:
         d_model: width ``d`` of the hidden states, ≥ 1.
@@ -131,6 +150,7 @@ class SparseAutoencoder(nn.Module):
     _packed: tuple[Any, PackedWeights | None, list[Tensor]] | None
     _bound: _Bound | None
 
+    @ordinary_tensors()
     def __init__(
         self,
         d_model: int,
@@ -184,9 +204,10 @@ class SparseAutoencoder(nn.Module):
         self._activation = activation
         if isinstance(activation, JumpReLU) and isinstance(activation.threshold, Tensor):
             self._activation = JumpReLU()
-            self.threshold = activation.threshold.detach().clone()
-            if "W_enc" in self._parameters:
-                self.threshold = self.threshold.to(self.W_enc)
+            with ordinary_tensors():
+                self.threshold = activation.threshold.detach().clone()
+                if "W_enc" in self._parameters:
+                    self.threshold = self.threshold.to(self.W_enc)
 
     def set_normalization(self, mean: float, std: float) -> None:
         """Set the scalar normalisation; parameters keep their values, in normalised units.
@@ -545,6 +566,7 @@ class SparseAutoencoder(nn.Module):
         write_json(folder / _CONFIG, config)
 
     @classmethod
+    @ordinary_tensors()
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SparseAutoencoder:
         """Read what :meth:`save` wrote; the parameters keep the type they were saved in.
 
@@ -597,13 +619,20 @@ class SparseAutoencoder(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
+        def moved_tensor(tensor: Tensor) -> Tensor:
+            # Parameters stay the same objects with other data; an inference tensor with ordinary data would be neither,
+            # and could not even be transposed.
+            with nullcontext() if _version_key(tensor) is None else ordinary_tensors():
+                return fn(tensor)
+
         # The two scalars follow a change of device but not of type: bfloat16 would round them before they are folded.
         scalars = {"mean": self.mean, "std": self.std}
-        super()._apply(fn, recurse)
+        super()._apply(moved_tensor, recurse)
         for name, scalar in scalars.items():
             moved: Tensor = getattr(self, name)
             if moved.dtype != scalar.dtype:
-                setattr(self, name, scalar.to(moved.device))
+                with ordinary_tensors():
+                    setattr(self, name, scalar.to(moved.device))
         self._forget_derived()
         return self
 
@@ -871,9 +900,10 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, t
 
 def _version_key(*tensors: Tensor) -> tuple[Any, ...] | None:
     """Changes whenever one of the tensors does; ``None`` where that cannot be seen (made under inference_mode)."""
-    if any(tensor.is_inference() for tensor in tensors):
+    try:
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    except RuntimeError:  # is_inference() would not do: it is false after such a tensor's type has changed
         return None
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
 
 def _aliases(*tensors: Tensor | None) -> list[Tensor]:

@@ -116,8 +116,8 @@ class Predictor:
     Args:
         model: any recommender over sequences of items.
         item_titles: one text per item, in the order of the item embeddings (or scores).
-        sae: trained on hidden states at ``site``, on the model's device and in its dtype. Load it outside of
-            ``torch.inference_mode``, in which its kernels could not be bound.
+        sae: trained on hidden states at ``site``, on the model's device and in its dtype. Not one that was copied or
+            unpickled under ``torch.inference_mode``: its kernels could not be bound.
         site: dotted path of the module to steer in ``model``, or that module; it returns ``(B, L, d_model)``, or a
             tuple or list with it.
         item_ids: ids by which requests and answers name items, distinct, all integers or all text; by default the

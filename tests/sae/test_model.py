@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from saerec_fast import reference
 from saerec_fast.sae import ActivationStore, SparseAutoencoder
+from saerec_fast.sae.conversion import load_sae, save_sae
 from saerec_fast.types import BatchTopK, Edit, JumpReLU, ReLU, SparseFeatures, SteeringPlan, TopK
 
 D_MODEL, N_FEATURES = 9, 41
@@ -203,10 +204,6 @@ def test_folded_weights_are_kept_until_something_changes():
         check()
     with torch.inference_mode():
         check()
-        made_inside = make(ReLU(), 0.7, 2.5).eval()
-        made_inside(x)
-        made_inside.W_dec.mul_(2)
-        torch.testing.assert_close(made_inside(x), dense(made_inside, x, ReLU())[1], rtol=1e-5, atol=1e-5)
     sae.requires_grad_(False)
     x.requires_grad_()
     sae(x).sum().backward()
@@ -598,6 +595,106 @@ def test_modes_of_autograd_give_the_same_values(activation, scalars):
             torch.testing.assert_close(value, with_grad, rtol=1e-5, atol=1e-5)
         # What was kept under inference_mode must not stand in the way of a graph.
         assert torch.autograd.grad(sae(x).sum(), sae.W_dec)[0].any()
+
+
+def checkpoint(tmp_path, format="saerec_fast"):
+    save_sae(make(JumpReLU(torch.linspace(0, 1, N_FEATURES)), *NORMALIZATIONS["normalized"]), tmp_path, format)
+    return tmp_path
+
+
+MADE_INSIDE = {
+    "made": lambda _: make(JumpReLU(torch.linspace(0, 1, N_FEATURES)), 0.7, 2.5),
+    "activation set": lambda outside: setattr(outside, "activation", JumpReLU(torch.ones(N_FEATURES))) or outside,
+    "double": lambda outside: outside.double(),
+    "to": lambda outside: torch.nn.Sequential(outside).to(torch.bfloat16)[0],
+    "to_empty": lambda _: make(ReLU(), device="meta").to_empty(device="cpu"),
+}
+LOADED_INSIDE = {
+    "loaded": lambda path: SparseAutoencoder.load(checkpoint(path)),
+    "load_sae": lambda path: load_sae(checkpoint(path)),
+    "in another type": lambda path: load_sae(checkpoint(path), dtype=torch.float64),
+    "of another library": lambda path: load_sae(checkpoint(path, "saelens")),
+}
+
+
+@pytest.mark.parametrize("how", [*MADE_INSIDE, *LOADED_INSIDE])
+def test_ordinary_tensors_under_inference_mode(how, tmp_path):
+    outside = make(JumpReLU(torch.linspace(0, 1, N_FEATURES)), 0.7, 2.5)
+    with torch.inference_mode():
+        sae = MADE_INSIDE[how](outside) if how in MADE_INSIDE else LOADED_INSIDE[how](tmp_path)
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+        assert torch.ones(1).is_inference()
+    assert not any(tensor.is_inference() for tensor in sae.state_dict(keep_vars=True).values())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in sae.parameters())
+    assert not any(buffer.requires_grad for buffer in sae.buffers())
+    if how == "to_empty":
+        sae.load_state_dict(make(ReLU()).state_dict())
+    x = hidden_states(6).to(sae.W_enc.dtype)
+    sae.train()(x).square().mean().backward()
+    with torch.no_grad():
+        before = sae.W_dec.clone()
+    torch.optim.SGD(sae.parameters(), lr=0.1).step()
+    assert not torch.equal(sae.W_dec, before)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_was_made_under_inference_mode_keeps_its_kernels_until_something_changes(loaded, tmp_path, scalars):
+    x = hidden_states(20)
+    make_large(TopK(5), *scalars).save(tmp_path)
+    with torch.inference_mode():
+        sae = SparseAutoencoder.load(tmp_path) if loaded else make_large(TopK(5), *scalars)
+        for change in (lambda: None, lambda: sae.W_dec.mul_(2), lambda: sae.b_enc.add_(0.1), lambda: sae.std.fill_(3)):
+            change()
+            check_dense(sae, x)
+            folded, bound = sae.folded_weights(), sae._bound_kernels(x.dtype)
+            check_dense(sae, x)
+            assert sae.folded_weights().W_enc is folded.W_enc
+            assert bound is not None
+            assert sae._bound_kernels(x.dtype) is bound
+            assert sae.bind_steer() is not None
+    check_dense(sae, x)
+
+
+INFERENCE_TENSORS = {
+    "assigned": lambda sae: [setattr(sae, name, torch.nn.Parameter(p.clone())) for name, p in sae.named_parameters()],
+    "one of them": lambda sae: setattr(sae, "W_dec", torch.nn.Parameter(sae.W_dec.clone())),
+    "scalars": lambda sae: [setattr(sae, name, getattr(sae, name).clone()) for name in ("mean", "std")],
+    "copied": copy.deepcopy,
+    "unpickled": lambda sae: pickle.loads(pickle.dumps(sae)),
+    "assigned and moved": lambda sae: INFERENCE_TENSORS["assigned"](sae) and sae.double().float(),
+    "copied and moved": lambda sae: copy.deepcopy(sae).double().float(),
+}
+
+
+@pytest.mark.parametrize("how", INFERENCE_TENSORS)
+def test_inference_tensors_go_the_general_way(how, scalars):
+    """They do not tell when they are written to, so nothing that is made from them may be kept."""
+    sae, x = make_large(TopK(5), *scalars), hidden_states(20)
+    with torch.inference_mode():
+        made = INFERENCE_TENSORS[how](sae)
+        sae = made if isinstance(made, SparseAutoencoder) else sae
+        for _ in range(3):
+            check_dense(sae, x)
+            assert sae._bound_kernels(x.dtype) is None
+            assert sae.bind_steer() is None
+            sae.W_dec.mul_(2)
+            sae.std.mul_(1.5)
+    check_dense(sae, x)
+    check_dense(copy.deepcopy(sae), x)
+
+
+def test_inference_tensors_that_have_moved_outside(scalars):
+    """torch then takes them for ordinary ones, but still no versions are counted."""
+    outside, x = make_large(TopK(5), *scalars), hidden_states(20)
+    with torch.inference_mode():
+        sae = copy.deepcopy(outside)
+    sae.double().float()
+    assert not sae.W_enc.is_inference()
+    plan = SteeringPlan([Edit(7, "add", 0.5)], "reconstruct")
+    with torch.no_grad():
+        for call in (lambda sae: sae(x), lambda sae: sae.encode(x).dense(), lambda sae: sae.steer(x, plan)):
+            torch.testing.assert_close(call(sae), call(outside), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "unaligned", "empty", "parameter"])

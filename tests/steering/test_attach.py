@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -809,6 +810,30 @@ class TestPlainCall:
             handle._steer_any = None  # type: ignore[method-assign, assignment]  # only the bound call is left
             assert same_bits(model(TOKENS), first)
             assert torch.equal(first, expected)
+
+    @pytest.mark.parametrize("how", ["made", "loaded", "moved"])
+    def test_is_bound_where_all_is_made_under_inference_mode(self, model: Model, how: str, tmp_path: Path) -> None:
+        plan, outside = SteeringPlan(EDITS), make_sae()
+        outside.save(tmp_path)
+        with torch.inference_mode():
+            make = {
+                "made": make_sae,
+                "loaded": lambda: SparseAutoencoder.load(tmp_path),
+                "moved": lambda: outside.double().float(),
+            }
+            sae = make[how]()
+            with attach(model, "blocks.0", sae, plan) as handle:
+                first = model(TOKENS)
+                plain = handle._state.plain
+                assert plain is not None
+                assert same_bits(model(TOKENS), first)
+                assert handle._state.plain is plain
+                assert plain.is_current()
+                sae.W_dec.mul_(1.5)
+                assert not plain.is_current()
+                changed = model(TOKENS)
+                assert same_bits(changed, self.reference(model, sae, plan))
+                assert not same_bits(changed, first)
 
     @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "mean", "std"])
     @pytest.mark.parametrize("how", ["written to", "data replaced", "object replaced"])
