@@ -104,7 +104,17 @@ inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_min(Vec a) { return _mm512_reduce_min_ps(a); }
-inline uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// The lanes of a mask as bits of a number. With a call between the comparison and the use, as ThreadSanitizer puts one at
+// every access to memory, GCC 12 keeps the mask on the stack: it stores two bytes and then counts the bits of four. Held
+// in a general register, the number is whole. Other builds have no calls there, and the masks stay where they are.
+inline uint32_t mask_bits(__mmask16 mask) {
+  uint32_t bits = mask;
+#if defined(__SANITIZE_THREAD__)
+  __asm__("" : "+r"(bits));
+#endif
+  return bits;
+}
+inline uint32_t at_least(Vec a, Vec b) { return mask_bits(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)); }
 
 #if defined(SAEREC_TIER_AVX512_VNNI)
 constexpr int kByteLevels = 127;
@@ -128,7 +138,7 @@ inline void quads_store(void* p, Quads a) { _mm512_storeu_si512(p, a); }
 inline Quads count_less(Quads counts, Quads a, Quads b) {
   return _mm512_mask_add_epi32(counts, _mm512_cmplt_epi32_mask(a, b), counts, _mm512_set1_epi32(1));
 }
-inline uint32_t at_least(Quads a, Quads b) { return _mm512_cmpge_epi32_mask(a, b); }
+inline uint32_t at_least(Quads a, Quads b) { return mask_bits(_mm512_cmpge_epi32_mask(a, b)); }
 inline Vec to_float(Quads a) { return _mm512_cvtepi32_ps(a); }
 inline Vec round_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // The lanes, whole numbers that fit, as bytes.

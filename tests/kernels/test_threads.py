@@ -18,7 +18,7 @@ from cases import Case, make_inputs
 from helpers import assert_same_bits, forward_ops, torch_threads
 
 import saerec_fast as fast
-from saerec_fast import _C
+from saerec_fast import _C, reference
 from saerec_fast.kernels import cpu
 
 CASE = Case(64, 4000, 16, 300)
@@ -75,6 +75,25 @@ def test_concurrent_calls() -> None:
         for result in pool.map(work, range(8)):
             for tensor, same in zip(result, expected, strict=True):
                 assert_same_bits(tensor, same)
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_build_for_threads_computes_the_right_thing() -> None:
+    """The other tests here compare a build with itself, and are all that a ThreadSanitizer build runs."""
+    inputs = make_inputs(CASE)
+    plan = fast.SteeringPlan([fast.Edit(0, "set", 1.5), fast.Edit(3999, "scale", 0.5)])
+    pairs = [
+        (fast.encode_topk(*inputs[:4], k=16, backend="cpu"), reference.encode_topk(*inputs[:4], k=16)),
+        (fast.encode_threshold(*inputs[:4], 0.3, backend="cpu"), reference.encode_threshold(*inputs[:4], 0.3)),
+    ]
+    results = [(actual.dense(), expected.dense()) for actual, expected in pairs]
+    for activation in (fast.TopK(16), fast.JumpReLU(0.3)):
+        results += [
+            (fast.reconstruct(*inputs, activation, backend="cpu"), reference.reconstruct(*inputs, activation)),
+            (fast.steer(*inputs, activation, plan, backend="cpu"), reference.steer(*inputs, activation, plan)),
+        ]
+    for actual, expected in results:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_concurrent_gradients() -> None:
