@@ -314,24 +314,14 @@ def _reconstruct_differentiable(
     return _Steer.apply(operators, x, W_enc, b_enc, b_dec, W_dec, threshold, k, True, [], [], no_values, None, packed)
 
 
-def _sum_by_feature(rows: Tensor, features: Tensor, n: int) -> Tensor:
-    total = rows.new_zeros((n, *rows.shape[1:]))
-    # On each device the one that adds repeated features in a fixed order: on CUDA index_add_ uses atomics.
-    if rows.is_cuda:
-        return total.index_put_((features.long(),), rows, accumulate=True)
-    return total.index_add_(0, features, rows)
-
-
 class _EncodeFeatures(torch.autograd.Function):
-    """Gradients of a few features are those of the dense product that computes them."""
-
     @staticmethod
     def forward(
         ctx: Any, operators: Any, x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, threshold: Tensor, features: Tensor
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             out = operators.encode_features(x, W_enc, b_enc, b_dec, threshold, features)
-        ctx.needs = ctx.needs_input_grad[1:5]
+        ctx.operators, ctx.needs_encoder_grad = operators, ctx.needs_input_grad[1:5]
         ctx.save_for_backward(x, W_enc, b_dec, features, out)
         return out
 
@@ -339,19 +329,17 @@ class _EncodeFeatures(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, W_enc, b_dec, features, out = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_shift = ctx.needs
         # An activation is 0 where it is off; one that is on is above a threshold >= 0.
-        grad = torch.where(out == 0, 0, grad)
-        chosen = W_enc.index_select(0, features)
-        grad_x = grad @ chosen if needs_x or needs_shift else None
-        grad_weight = grad_bias = None
-        if needs_weight:
-            rows = grad.T @ (x if b_dec is None else x - b_dec)
-            grad_weight = _sum_by_feature(rows, features, W_enc.shape[0])
-        if needs_bias:
-            grad_bias = _sum_by_feature(grad.sum(0), features, W_enc.shape[0])
-        grad_shift = -grad_x.sum(0) if needs_shift and grad_x is not None else None
-        return None, grad_x if needs_x else None, grad_weight, grad_bias, grad_shift, None, None
+        gradient = torch.where(out == 0, 0, grad).reshape(-1)
+        offsets, indices = _columns_as_entries(features, x.shape[0])
+        grads = _encoder_gradients(ctx, ctx.operators, offsets, indices, gradient, x, W_enc, b_dec)
+        return None, *grads, None, None
+
+
+def _columns_as_entries(features: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Offsets and indices of dense columns ``(rows, m)`` as sparse entries: PyTorch's product of the two matrices would
+    add rows in an order that depends on the number of threads."""
+    return uniform_offsets(rows, features.shape[0], features.device), features.repeat(rows)
 
 
 def _steer_differentiable(
@@ -371,39 +359,52 @@ def _steer_differentiable(
     packed: Tensor | None = None,
 ) -> Tensor:
     """The fused op as a composition of differentiable ones."""
-    if not reconstruct and (k == 0 or all(op == EDIT_CODES["add"] for op in ops)):
-        return steer_by_features(x, W_enc, b_enc, b_dec, W_dec, threshold, features, ops, values, mask)
     slots = sorted(set(features))
     slot_ids = torch.tensor(slots, dtype=torch.int64, device=x.device)
     rows = x.shape[0]
+
+    def decoded(columns: dict[int, Tensor]) -> Tensor:
+        entries = torch.stack(list(columns.values()), -1).reshape(-1)
+        return operators.decode_sparse(*_columns_as_entries(slot_ids, rows), entries, W_dec, None)
+
     # In delta mode a feature that is only added to changes by the sum of its values, whatever its activation.
-    needed = {f for f, op in zip(features, ops, strict=True) if reconstruct or op != EDIT_CODES["add"]}
+    needed = sorted({f for f, op in zip(features, ops, strict=True) if reconstruct or op != EDIT_CODES["add"]})
     columns = {slot: x.new_zeros(rows) for slot in slots}
+    sparse: tuple[Tensor, Tensor, Tensor] | None = None
     if k > 0:
-        top_values, top_indices = operators.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
-        offsets, indices, entries = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
-        columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
-    else:
+        if needed or reconstruct:
+            top_values, top_indices = operators.encode_topk(x, W_enc, b_enc, b_dec, k, packed)
+            sparse = uniform_offsets(rows, k, x.device), top_indices.reshape(-1), top_values.reshape(-1)
+            columns |= {slot: torch.where(top_indices == slot, top_values, 0).sum(-1) for slot in needed}
+    elif reconstruct:
         assert threshold is not None
-        offsets, indices, entries = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
+        sparse = operators.encode_threshold(x, W_enc, b_enc, b_dec, threshold, packed)
+        offsets, indices, entries = sparse
         entry_rows = torch.arange(rows, device=x.device).repeat_interleave(offsets.diff(), output_size=indices.shape[0])
         for slot in needed:
             columns[slot] = columns[slot].index_add(0, entry_rows, torch.where(indices == slot, entries, 0))
+    elif needed:
+        needed_ids = torch.tensor(needed, dtype=torch.int64, device=x.device)
+        active = operators.encode_features(x, W_enc, b_enc, b_dec, threshold, needed_ids)
+        columns |= dict(zip(needed, active.unbind(-1), strict=True))
     edited = dict(columns)
     for i, (feature, op) in enumerate(zip(features, ops, strict=True)):
         edited[feature] = _EDITS[op](edited[feature], values[..., i].to(x.dtype).expand(rows))
+    steered = x
     if reconstruct:
+        assert sparse is not None
         # Edited features leave the sparse part altogether: taking an infinite activation off again would not undo it.
+        offsets, indices, entries = sparse
         if slots:
             entries = torch.where(torch.isin(indices, slot_ids), 0, entries)
         steered = operators.decode_sparse(offsets, indices, entries, W_dec, b_dec)
         if slots:
-            steered = steered + torch.stack(list(edited.values()), -1) @ W_dec.index_select(0, slot_ids)
-    else:
-        changes = torch.stack([edited[slot] - columns[slot] for slot in slots], -1)
+            steered = steered + decoded(edited)
+    elif slots:
         # Also for rows the edits happen to leave alone: strengths are learnt starting from neutral values.
-        steered = x + changes @ W_dec.index_select(0, slot_ids)
-    return steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+        steered = x + decoded({slot: edited[slot] - columns[slot] for slot in slots})
+    steered = steered if mask is None else torch.where(mask.unsqueeze(-1), steered, x)
+    return steered.clone() if steered is x else steered
 
 
 def steer_by_features(
