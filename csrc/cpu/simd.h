@@ -104,9 +104,11 @@ inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_min(Vec a) { return _mm512_reduce_min_ps(a); }
-// The lanes of a mask as bits of a number. With a call between the comparison and its use, as ThreadSanitizer puts one
-// at every access to memory, GCC 12 keeps the mask on the stack: it stores two bytes, then counts the bits of four. In
-// a general register the number is whole. Other builds have no calls there, and their masks stay where they are.
+// The lanes of a mask as bits of a number. GCC 12 fuses the comparison with the widening to 32 bits, and then takes it
+// to write the lower 16: in a register the others are zero all the same, on the stack they are whatever was there. A
+// mask goes to the stack where a call stands between the comparison and its use, as ThreadSanitizer puts one at every
+// access to memory. The statement, of no instructions, needs the number in a general register, where it is whole.
+// Other builds have no such calls, and would pay with moves between mask and general registers.
 inline uint32_t mask_bits(__mmask16 mask) {
   uint32_t bits = mask;
 #if defined(__SANITIZE_THREAD__)

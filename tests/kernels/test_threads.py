@@ -79,7 +79,7 @@ def test_concurrent_calls() -> None:
 
 @pytest.mark.usefixtures("isa")
 def test_a_build_for_threads_computes_the_right_thing() -> None:
-    """The other tests here compare a build with itself, and are all that a ThreadSanitizer build runs."""
+    """The other tests here compare a build with itself, and would pass one that is wrong in the same way each time."""
     inputs = make_inputs(CASE)
     plan = fast.SteeringPlan([fast.Edit(0, "set", 1.5), fast.Edit(3999, "scale", 0.5)])
     pairs = [
