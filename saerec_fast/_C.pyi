@@ -77,10 +77,10 @@ class PlainSteer:
         bound: BoundSteer,
         seen: list[tuple[dict[str, Any], str, Any, bool]],
         tensor_type: type[Tensor],
+        exchange: object,
         x_dtype: torch.dtype,
         mask_dtype: torch.dtype,
         strengths_dtype: torch.dtype,
-        width: int,
         functions: tuple[Callable[..., Any], ...],
     ) -> None: ...
     def run(self, x: Tensor, mask: Tensor | None, plans: SteerPlans) -> Tensor | None: ...

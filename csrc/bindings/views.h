@@ -39,5 +39,28 @@ inline Vector vector(const pybind11::object& view, int dtype) {
   return v;
 }
 
+// (address, bytes), or None.
+template <class Params>
+inline void set_packed(Params& params, const pybind11::object& packed) {
+  if (packed.is_none()) return;
+  const pybind11::tuple parts = packed.cast<pybind11::tuple>();
+  params.packed = pointer<const void>(parts[0].cast<uintptr_t>());
+  params.packed_bytes = parts[1].cast<int64_t>();
+}
+
+// The parts that autoencoder calls share.
+template <class Params>
+inline void set_autoencoder(Params& params, int dtype, const pybind11::tuple& weight_enc, const pybind11::object& bias,
+                            const pybind11::object& shift, const pybind11::tuple& weight_dec, int64_t k,
+                            const pybind11::object& thresholds, const pybind11::object& packed) {
+  params.weight_enc = matrix(weight_enc, dtype);
+  params.bias = vector(bias, dtype);
+  params.shift = vector(shift, dtype);
+  params.weight_dec = matrix(weight_dec, dtype);
+  params.k = k;
+  params.thresholds = vector(thresholds, static_cast<int>(DType::kFloat32));
+  set_packed(params, packed);
+}
+
 }  // namespace bindings
 }  // namespace saerec

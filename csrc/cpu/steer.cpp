@@ -31,9 +31,16 @@ void append_widened(std::vector<float>& values, const Vector& vector) {
 
 const float* data_or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
+// What a plan adds to every steered row of a sequence: the features that are only added to, and its directions.
+struct Offset {
+  bool changes = false;       // whether rows change at all by it
+  std::vector<float> vector;  // (d), with the shift of the decoder where the plan reconstructs; empty for nothing
+
+  const float* data() const { return data_or_null(vector); }
+};
+
 // A plan in terms of its distinct features ("slots", ascending) and of what it adds whatever the activations are.
 struct CompiledPlan {
-  const SteerPlan* plan = nullptr;
   std::vector<int64_t> features;       // (slots) features whose change depends on their activation
   std::vector<int64_t> edit_slots;     // (n_edits), -1 for edits of `added`
   std::vector<float> slot_threshold;   // (slots), empty for top-k, as what follows is for plans that reconstruct
@@ -44,6 +51,7 @@ struct CompiledPlan {
   std::vector<int64_t> added;            // features that are only added to, and directions (below 0)
   std::vector<int64_t> edit_added;       // (n_edits), place in `added`, -1 for edits of slots
   bool encodes_all = false;
+  Offset offset;  // where all sequences have the same
 
   int64_t slots() const { return static_cast<int64_t>(features.size()); }
 
@@ -62,9 +70,44 @@ struct CompiledPlan {
   }
 };
 
-CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
+bool has_same_offset(const CompiledPlan& compiled, const SteerPlan& plan) {
+  return compiled.added.empty() || plan.values_stride == 0;
+}
+
+// shift: of the decoder, (d) or null.
+void set_offset(Offset& offset, const SteerParams& params, const CompiledPlan& compiled, const SteerPlan& plan,
+                const float* shift, int64_t sequence) {
+  const int64_t d = params.weight_dec.cols;
+  if (!plan.reconstruct) shift = nullptr;
+  offset.changes = false;
+  offset.vector.clear();
+  if (compiled.added.empty()) {
+    if (shift != nullptr) offset.vector.assign(shift, shift + d);
+    return;
+  }
+  // All edits of a feature are one change, which may be none.
+  std::vector<float> sums(compiled.added.size(), 0.0f);
+  for (int64_t i = 0; i < plan.n_edits; ++i) {
+    if (compiled.edit_added[i] >= 0) sums[compiled.edit_added[i]] += plan.values[sequence * plan.values_stride + i];
+  }
+  offset.vector.assign(static_cast<std::size_t>(d), 0.0f);
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (sums[i] == 0.0f) continue;
+    offset.changes = true;
+    const int64_t feature = compiled.added[i];
+    const Vector row = feature < 0 ? Vector{plan.directions + (-1 - feature) * d, DType::kFloat32, d, 1}
+                                   : row_vector(params.weight_dec, feature);
+    for (int64_t j = 0; j < d; ++j) offset.vector[j] += sums[i] * element_at(row, j);
+  }
+  if (shift != nullptr) {
+    for (int64_t j = 0; j < d; ++j) offset.vector[j] += shift[j];
+  } else if (!offset.changes) {
+    offset.vector.clear();
+  }
+}
+
+CompiledPlan compile(const SteerParams& params, const SteerPlan& plan, const float* shift) {
   CompiledPlan compiled;
-  compiled.plan = &plan;
   for (int64_t i = 0; i < plan.n_edits; ++i) {
     if (plan.features[i] >= params.weight_enc.rows) {
       throw std::invalid_argument("plan: feature ids go from 0 to " + std::to_string(params.weight_enc.rows - 1) +
@@ -98,63 +141,9 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan) {
     }
   }
   compiled.encodes_all = plan.reconstruct || (params.k > 0 && compiled.slots() > 0);
+  if (has_same_offset(compiled, plan)) set_offset(compiled.offset, params, compiled, plan, shift, 0);
   return compiled;
 }
-
-// What a plan adds to every steered row of a sequence: the features that are only added to, and its directions.
-class Offset {
- public:
-  Offset(const SteerParams& params, const CompiledPlan& plan, const float* shift)
-      : params_(params), plan_(plan), shift_(plan.plan->reconstruct ? shift : nullptr) {}
-
-  // From here on the offset of `sequence`.
-  void move_to(int64_t sequence) {
-    const int64_t key = plan_.plan->values_stride == 0 ? 0 : sequence;
-    if (key == sequence_) return;
-    sequence_ = key;
-    changes_ = false;
-    if (plan_.added.empty()) return;
-    const SteerPlan& plan = *plan_.plan;
-    const int64_t d = params_.x.cols;
-    // All edits of a feature are one change, which may be none.
-    std::vector<float> sums(plan_.added.size(), 0.0f);
-    for (int64_t i = 0; i < plan.n_edits; ++i) {
-      if (plan_.edit_added[i] >= 0) sums[plan_.edit_added[i]] += plan.values[key * plan.values_stride + i];
-    }
-    vector_.assign(static_cast<std::size_t>(d), 0.0f);
-    for (std::size_t i = 0; i < sums.size(); ++i) {
-      if (sums[i] == 0.0f) continue;
-      changes_ = true;
-      const Vector row = row_to_add(plan_.added[i]);
-      for (int64_t j = 0; j < d; ++j) vector_[j] += sums[i] * element_at(row, j);
-    }
-    if (shift_ != nullptr) {
-      for (int64_t j = 0; j < d; ++j) vector_[j] += shift_[j];
-    }
-  }
-
-  bool same_for_all() const { return plan_.added.empty() || plan_.plan->values_stride == 0; }
-  // Whether rows change at all by it.
-  bool changes() const { return changes_; }
-  // (d), with the shift of the decoder where the plan reconstructs; or null for nothing.
-  const float* data() const {
-    return !plan_.added.empty() && (changes_ || shift_ != nullptr) ? vector_.data() : shift_;
-  }
-
- private:
-  Vector row_to_add(int64_t feature) const {
-    const int64_t d = params_.x.cols;
-    if (feature < 0) return {plan_.plan->directions + (-1 - feature) * d, DType::kFloat32, d, 1};
-    return row_vector(params_.weight_dec, feature);
-  }
-
-  const SteerParams& params_;
-  const CompiledPlan& plan_;
-  const float* shift_;
-  int64_t sequence_ = -1;
-  bool changes_ = false;
-  std::vector<float> vector_;
-};
 
 // What one thread holds while steering a chunk.
 struct SteerScratch {
@@ -187,8 +176,8 @@ void copy_row(const Matrix& from, int64_t from_row, const Matrix& to, int64_t to
 
 // The rows of one plan: [0, count) of x where `rows` is empty, else those listed, ascending.
 struct Job {
-  const CompiledPlan* plan = nullptr;
-  const Offset* offset = nullptr;  // where all sequences share it
+  const CompiledPlan* compiled = nullptr;
+  const SteerPlan* plan = nullptr;
   int64_t count = 0;
   std::vector<int64_t> rows;
 
@@ -200,13 +189,13 @@ class ChunkSteerer {
   ChunkSteerer(const SteerParams& params, const Job& job, const EncoderWeights& weights, const float* thresholds,
                int64_t first, int64_t rows)
       : params_(params),
+        compiled_(*job.compiled),
         plan_(*job.plan),
         job_(job),
         weights_(weights),
         thresholds_(thresholds),
         first_(first),
         scratch_(thread_steer_scratch()),
-        own_offset_(params, plan_, weights.shift),
         stride_(slot_stride(rows)) {
     const int64_t begin = job.row(first);
     if (params.x.col_stride == 1 && job.row(first + rows - 1) == begin + rows - 1) {
@@ -223,24 +212,25 @@ class ChunkSteerer {
 
   // Returns the largest relative change of a row, 0 where the plan has no limit.
   float run() {
-    activations_ = scratch_.activations.get<float>(plan_.slots() * stride_);
-    if (plan_.plan->reconstruct) {
+    activations_ = scratch_.activations.get<float>(compiled_.slots() * stride_);
+    if (plan_.reconstruct) {
       encode_all();
     } else {
       encode_edited();
     }
     for (int64_t begin = 0; begin < x_.rows;) {
-      const int64_t end = plan_.plan->values_stride == 0 ? x_.rows : end_of_sequence(begin);
-      if (job_.offset == nullptr) own_offset_.move_to(sequence(begin));
-      const Offset& offset = job_.offset != nullptr ? *job_.offset : own_offset_;
-      if (plan_.plan->reconstruct) {
+      const int64_t end = plan_.values_stride == 0 ? x_.rows : end_of_sequence(begin);
+      const bool same = has_same_offset(compiled_, plan_);
+      if (!same) set_offset(own_offset_, params_, compiled_, plan_, weights_.shift, sequence(begin));
+      const Offset& offset = same ? compiled_.offset : own_offset_;
+      if (plan_.reconstruct) {
         reconstruct(offset, begin, end);
       } else {
         change(offset, begin, end);
       }
       begin = end;
     }
-    const float largest = std::isinf(plan_.plan->max_relative_norm) ? 0.0f : limit_changes();
+    const float largest = std::isinf(plan_.max_relative_norm) ? 0.0f : limit_changes();
     if (gathered_) {
       for (int64_t r = 0; r < x_.rows; ++r) copy_row(out_, r, params_.out, job_.row(first_ + r));
     }
@@ -258,14 +248,14 @@ class ChunkSteerer {
 
   // Activations of the edited features only.
   void encode_edited() {
-    if (plan_.slots() == 0) return;
+    if (compiled_.slots() == 0) return;
     SlotScoresTask task;
     task.x = x_;
     task.shift = weights_.shift;
-    task.weight = plan_.slot_weight_enc.data();
-    task.biases = data_or_null(plan_.slot_bias);
-    task.thresholds = data_or_null(plan_.slot_threshold);
-    task.slots = plan_.slots();
+    task.weight = compiled_.slot_weight_enc.data();
+    task.biases = data_or_null(compiled_.slot_bias);
+    task.thresholds = data_or_null(compiled_.slot_threshold);
+    task.slots = compiled_.slots();
     task.x_rows = scratch_.x_tile.get<float>(kMaxLanes * x_.cols);
     task.out = activations_;
     active_kernels().score_slots(task);
@@ -277,7 +267,7 @@ class ChunkSteerer {
     const int64_t rows = x_.rows;
     float* best = scratch_.best.get<float>(rows);
     std::copy_n(activations_, rows, best);
-    for (int64_t slot = 1; slot < plan_.slots(); ++slot) {
+    for (int64_t slot = 1; slot < compiled_.slots(); ++slot) {
       const float* scores = activations_ + slot * stride_;
       // A NaN stays.
       for (int64_t r = 0; r < rows; ++r) best[r] = scores[r] <= best[r] || best[r] != best[r] ? best[r] : scores[r];
@@ -286,10 +276,10 @@ class ChunkSteerer {
     // Scores of 0 and less are 0 after the selection too.
     for (int64_t r = 0; r < rows; ++r) outscored[r] = best[r] <= 0.0f;
     // With more slots most rows have one that is selected, and the search would be in vain.
-    if (weights_.packed.codes != nullptr && plan_.slots() * params_.k < params_.weight_enc.rows) {
+    if (weights_.packed.codes != nullptr && compiled_.slots() * params_.k < params_.weight_enc.rows) {
       find_outscored_rows(thread_encoder_scratch(), x_, weights_, params_.k, best, outscored);
     }
-    std::fill_n(activations_, plan_.slots() * stride_, 0.0f);
+    std::fill_n(activations_, compiled_.slots() * stride_, 0.0f);
     std::vector<int64_t>& undecided = scratch_.undecided;
     undecided.clear();
     for (int64_t r = 0; r < rows; ++r) {
@@ -308,7 +298,7 @@ class ChunkSteerer {
       const float* values = selected.values + i * selected.capacity;
       const uint32_t* features = selected.features + i * selected.capacity;
       for (int64_t j = 0; j < selected.counts[i]; ++j) {
-        const int64_t slot = plan_.slot_of_entry(features[j]);
+        const int64_t slot = compiled_.slot_of_entry(features[j]);
         if (slot < 0) continue;
         activations_[slot * stride_ + undecided[static_cast<std::size_t>(i)]] = values[j] < 0.0f ? 0.0f : values[j];
       }
@@ -317,7 +307,7 @@ class ChunkSteerer {
 
   // a' of every row as sparse entries: the unedited features, then the edited ones.
   void encode_all() {
-    std::fill_n(activations_, plan_.slots() * stride_, 0.0f);
+    std::fill_n(activations_, compiled_.slots() * stride_, 0.0f);
     if (params_.k > 0) {
       const TopKCandidates selected = topk_of(x_);
       make_room(x_.rows * selected.k);
@@ -346,7 +336,7 @@ class ChunkSteerer {
 
   // For so many entries before any is edited.
   void make_room(int64_t entries) {
-    entries += plan_.slots() * x_.rows;
+    entries += compiled_.slots() * x_.rows;
     offsets_ = scratch_.offsets.get<int64_t>(x_.rows + 1);
     features_ = scratch_.features.get<int32_t>(entries);
     values_ = scratch_.values.get<float>(entries);
@@ -357,7 +347,7 @@ class ChunkSteerer {
   void take_row(int64_t row, const uint32_t* features, const float* values, int64_t count) {
     int64_t end = offsets_[row];
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = plan_.slot_of_entry(features[i]);
+      const int64_t slot = compiled_.slot_of_entry(features[i]);
       if (slot >= 0) {
         activations_[slot * stride_ + row] = values[i];
         continue;
@@ -366,26 +356,25 @@ class ChunkSteerer {
       features_[end] = static_cast<int32_t>(features[i]);
       values_[end++] = values[i];
     }
-    for (const int64_t feature : plan_.features) features_[end++] = static_cast<int32_t>(feature);
+    for (const int64_t feature : compiled_.features) features_[end++] = static_cast<int32_t>(feature);
     offsets_[row + 1] = end;
   }
 
   // Edits rows [begin, end), of one sequence where each has values of its own.
   void edit(float* activations, int64_t begin, int64_t end) const {
-    const SteerPlan& plan = *plan_.plan;
     EditTask task;
     task.rows = end - begin;
     task.stride = stride_;
     task.activations = activations + begin;
-    task.n_edits = plan.n_edits;
-    task.slots = plan_.edit_slots.data();
-    task.ops = plan.ops;
-    task.values = plan.values + (plan.values_stride == 0 ? 0 : sequence(begin) * plan.values_stride);
+    task.n_edits = plan_.n_edits;
+    task.slots = compiled_.edit_slots.data();
+    task.ops = plan_.ops;
+    task.values = plan_.values + (plan_.values_stride == 0 ? 0 : sequence(begin) * plan_.values_stride);
     active_kernels().edit_slots(task);
   }
 
   void change(const Offset& offset, int64_t begin, int64_t end) {
-    const int64_t slots = plan_.slots();
+    const int64_t slots = compiled_.slots();
     float* edited = scratch_.edited.get<float>(slots * stride_);
     for (int64_t slot = 0; slot < slots; ++slot) {
       std::copy_n(activations_ + slot * stride_ + begin, end - begin, edited + slot * stride_ + begin);
@@ -398,9 +387,9 @@ class ChunkSteerer {
     task.stride = stride_;
     task.before = activations_ + begin;
     task.after = edited + begin;
-    task.weight = plan_.slot_weight_dec.data();
+    task.weight = compiled_.slot_weight_dec.data();
     task.offset = offset.data();
-    task.offset_changes = offset.changes();
+    task.offset_changes = offset.changes;
     task.changed = scratch_.changed.get<uint32_t>((slots + 31) / 32 * stride_);
     active_kernels().add_changes(task);
   }
@@ -408,8 +397,8 @@ class ChunkSteerer {
   void reconstruct(const Offset& offset, int64_t begin, int64_t end) {
     edit(activations_, begin, end);
     for (int64_t r = begin; r < end; ++r) {
-      float* values = values_ + offsets_[r + 1] - plan_.slots();
-      for (int64_t slot = 0; slot < plan_.slots(); ++slot) values[slot] = activations_[slot * stride_ + r];
+      float* values = values_ + offsets_[r + 1] - compiled_.slots();
+      for (int64_t slot = 0; slot < compiled_.slots(); ++slot) values[slot] = activations_[slot * stride_ + r];
     }
     decode(offset, begin, end);
   }
@@ -428,7 +417,7 @@ class ChunkSteerer {
 
   float limit_changes() const {
     float largest = 0.0f;
-    const float limit = plan_.plan->max_relative_norm;
+    const float limit = plan_.max_relative_norm;
     for (int64_t r = 0; r < x_.rows; ++r) {
       const Vector before = {row_of(x_, r), x_.dtype, x_.cols, x_.col_stride};
       const Vector after = {row_of(out_, r), out_.dtype, out_.cols, 1};
@@ -442,7 +431,7 @@ class ChunkSteerer {
       const float relative = static_cast<float>(std::sqrt(change_norm / norm));
       // A NaN stays: neither largest nor clipped.
       if (relative > largest) largest = relative;
-      if (!plan_.plan->clip || !(relative > limit)) continue;
+      if (!plan_.clip || !(relative > limit)) continue;
       const float scale = limit / relative;
       for (int64_t j = 0; j < x_.cols; ++j) {
         const float value = element_at(before, j);
@@ -453,7 +442,8 @@ class ChunkSteerer {
   }
 
   const SteerParams& params_;
-  const CompiledPlan& plan_;
+  const CompiledPlan& compiled_;
+  const SteerPlan& plan_;
   const Job& job_;
   const EncoderWeights& weights_;
   const float* thresholds_;
@@ -475,10 +465,13 @@ class ChunkSteerer {
 std::vector<Job> jobs_of(const SteerParams& params, const std::vector<CompiledPlan>& plans,
                          std::vector<int32_t>& plan_of_row) {
   std::vector<Job> jobs(plans.size());
-  for (std::size_t p = 0; p < plans.size(); ++p) jobs[p].plan = &plans[p];
+  for (std::size_t p = 0; p < plans.size(); ++p) {
+    jobs[p].compiled = &plans[p];
+    jobs[p].plan = &params.plans[p];
+  }
   const int64_t rows = params.x.rows, length = params.length;
   const bool* valid = params.valid;
-  if (valid != nullptr && std::find(valid, valid + rows, false) == valid + rows) valid = nullptr;
+  if (valid != nullptr && std::memchr(valid, 0, static_cast<std::size_t>(rows)) == nullptr) valid = nullptr;
   if (params.sequence_plans == nullptr && valid == nullptr && params.plans[0].positions == Positions::kAll) {
     jobs[0].count = rows;
     return jobs;
@@ -529,39 +522,62 @@ struct Chunk {
   int64_t rows;
 };
 
+// Of `rows` rows of a plan.
+int64_t operations_of(const SteerParams& params, const CompiledPlan& plan, int64_t rows) {
+  const int64_t features = plan.encodes_all ? params.weight_enc.rows : 4 * plan.slots() + 4;
+  return sweep_operations(rows, features, params.weight_dec.cols);
+}
+
 }  // namespace
 
-float steer(const SteerParams& params) {
+struct CompiledSteer {
+  std::vector<CompiledPlan> plans;
+  std::vector<float> shift;       // (d), or empty for none
+  std::vector<float> thresholds;  // (n), empty where no plan compares all features with theirs
+};
+
+std::shared_ptr<const CompiledSteer> compile_steer(const SteerParams& params) {
+  auto compiled = std::make_shared<CompiledSteer>();
+  compiled->shift = widened(params.shift);
+  bool needs_thresholds = false;
+  for (int64_t p = 0; p < params.n_plans; ++p) {
+    compiled->plans.push_back(compile(params, params.plans[p], data_or_null(compiled->shift)));
+    needs_thresholds = needs_thresholds || (compiled->plans.back().encodes_all && params.k == 0);
+  }
+  if (needs_thresholds) compiled->thresholds = widened_thresholds(params.thresholds, params.weight_enc.rows);
+  return compiled;
+}
+
+const float* vector_to_add(const SteerParams& params, const CompiledSteer& compiled) {
+  if (params.n_plans != 1 || params.sequence_plans != nullptr) return nullptr;
+  const SteerPlan& plan = params.plans[0];
+  const CompiledPlan& only = compiled.plans[0];
+  const bool adds = !plan.reconstruct && only.slots() == 0 && has_same_offset(only, plan) && only.offset.changes;
+  return adds && plan.positions == Positions::kAll && std::isinf(plan.max_relative_norm) ? only.offset.data() : nullptr;
+}
+
+int64_t steer_operations(const SteerParams& params, const CompiledSteer& compiled) {
+  int64_t most = 0;
+  for (const CompiledPlan& plan : compiled.plans) most = std::max(most, operations_of(params, plan, params.x.rows));
+  return most;
+}
+
+float steer(const SteerParams& params) { return steer(params, *compile_steer(params)); }
+
+float steer(const SteerParams& params, const CompiledSteer& compiled) {
   const int64_t rows = params.x.rows, d = params.x.cols;
   if (rows == 0 || d == 0) return 0.0f;
-  std::vector<CompiledPlan> plans;
-  for (int64_t p = 0; p < params.n_plans; ++p) plans.push_back(compile(params, params.plans[p]));
   std::vector<int32_t> plan_of_row;
-  std::vector<Job> jobs = jobs_of(params, plans, plan_of_row);
+  const std::vector<Job> jobs = jobs_of(params, compiled.plans, plan_of_row);
 
   int64_t encoded_rows = 0, operations = 0;
-  bool needs_thresholds = false;
   for (const Job& job : jobs) {
-    const bool encodes_all = job.plan->encodes_all;
-    if (encodes_all) encoded_rows += job.count;
-    needs_thresholds = needs_thresholds || (encodes_all && params.k == 0);
-    operations += sweep_operations(job.count, encodes_all ? params.weight_enc.rows : 4 * job.plan->slots() + 4, d);
+    if (job.compiled->encodes_all) encoded_rows += job.count;
+    operations += operations_of(params, *job.compiled, job.count);
   }
-  const std::vector<float> shift = widened(params.shift);
   const EncoderWeights weights =
-      prepare_weights(params.weight_enc, params.bias, shift, {params.packed, params.packed_bytes}, encoded_rows,
-                      params.k, params.threads);
-  const std::vector<float> thresholds =
-      needs_thresholds ? widened_thresholds(params.thresholds, params.weight_enc.rows) : std::vector<float>();
-
-  std::vector<Offset> offsets;
-  offsets.reserve(jobs.size());
-  for (Job& job : jobs) {
-    offsets.emplace_back(params, *job.plan, weights.shift);
-    if (!offsets.back().same_for_all()) continue;
-    offsets.back().move_to(0);
-    job.offset = &offsets.back();
-  }
+      prepare_weights(params.weight_enc, params.bias, compiled.shift, {params.packed, params.packed_bytes},
+                      encoded_rows, params.k, params.threads);
 
   const int threads = useful_threads(params.threads, operations);
   std::vector<Chunk> chunks;
@@ -575,7 +591,7 @@ float steer(const SteerParams& params) {
   parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t i) {
     const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
     largest[static_cast<std::size_t>(i)] =
-        ChunkSteerer(params, *chunk.job, weights, thresholds.data(), chunk.first, chunk.rows).run();
+        ChunkSteerer(params, *chunk.job, weights, compiled.thresholds.data(), chunk.first, chunk.rows).run();
   });
   copy_rows_without_plan(params, plan_of_row);
   return largest.empty() ? 0.0f : *std::max_element(largest.begin(), largest.end());

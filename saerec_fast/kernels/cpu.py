@@ -20,6 +20,8 @@ from saerec_fast.types.plan import OPS, Direction, SteeringPlan
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INDEX_TYPE = {torch.int32: 0, torch.int64: 1}
+# The C interface that tells all of a tensor at once (DLPack 1.3, from torch 2.10 on), else None.
+TENSOR_EXCHANGE: object = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int]:
@@ -474,9 +476,9 @@ class BoundSteer:
         counters = [count for count in MODE_COUNTERS if count is not None]
         if len(counters) < len(MODE_COUNTERS):
             return None
-        functions = torch.empty_like, torch.is_grad_enabled, torch.get_num_threads, *counters
+        functions = torch.empty_like, torch.is_grad_enabled, torch.get_num_threads, torch.tensor, *counters
         return _C.PlainSteer(
-            self._bound, seen, Tensor, weight.dtype, torch.bool, torch.float32, weight.shape[1], functions
+            self._bound, seen, Tensor, TENSOR_EXCHANGE, weight.dtype, torch.bool, torch.float32, functions
         )
 
 

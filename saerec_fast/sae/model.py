@@ -456,10 +456,11 @@ class SparseAutoencoder(nn.Module):
         if bound is None:
             return None
         attributes = self.__dict__
-        # The kept kernels are there only as long as nobody asked for new ones. Plans that only add read the decoder and
-        # what it is folded with.
+        # The kept kernels are there only as long as nobody asked for new ones, and train() and eval() drop them. Plans
+        # that only add read the decoder and what it is folded with.
         seen = [
-            *((attributes, name, attributes[name], True) for name in ("training", "_activation", "_bound")),
+            *((attributes, name, attributes[name], True) for name in ("_bound", "_activation")),
+            (attributes, "training", attributes["training"], False),
             *((self._parameters, name, self._parameters[name], False) for name in ("W_enc", "b_enc", "b_dec")),
             (self._parameters, "W_dec", self._parameters["W_dec"], True),
             *((self._buffers, name, self._buffers[name], name == "std") for name in ("threshold", "mean", "std")),

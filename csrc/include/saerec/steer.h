@@ -10,6 +10,7 @@
 #pragma once
 
 #include <limits>
+#include <memory>
 
 #include "saerec/views.h"
 
@@ -51,7 +52,23 @@ struct SteerParams {
   int threads = 1;
 };
 
+// Plans in terms of an autoencoder: all that does not depend on the hidden states. The few rows of weights they need
+// lie together in it, and are read from there rather than from all over the dictionary.
+struct CompiledSteer;
+
+// Of params' weights, activation and plans; the rest is not looked at. Refers to nothing of it. Values of a plan with
+// values_stride != 0 are not looked at either. Throws std::invalid_argument for a feature that the dictionary lacks.
+std::shared_ptr<const CompiledSteer> compile_steer(const SteerParams& params);
+
+// (d): what is added to every row, where that is all that the plans do; else null. Lives as long as compiled.
+const float* vector_to_add(const SteerParams& params, const CompiledSteer& compiled);
+
+// Multiply-adds of float32 for params.x.rows rows, about.
+int64_t steer_operations(const SteerParams& params, const CompiledSteer& compiled);
+
 // Returns the largest |out - x| / |x| before clipping, over the rows of plans with a finite limit; 0 without any.
+// compiled: of the same weights and plans.
+float steer(const SteerParams& params, const CompiledSteer& compiled);
 float steer(const SteerParams& params);
 
 }  // namespace saerec
