@@ -186,6 +186,7 @@ struct ChangesTask {
   const float* offset = nullptr;  // (d) or absent
   bool offset_changes = false;    // whether rows are to have it added where no slot changes
   uint32_t* changed = nullptr;    // scratch (slots / 32 rounded up, stride)
+  bool weight_is_finite = false;  // no NaN or infinity in it, so that a slot that does not change adds 0
 };
 
 struct DecodeTask {

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kBlockVectors = 8;
 constexpr int64_t kChainEntries = 32;
+// Up to so many slots all of them are added, changed or not: cheaper than branches that cannot be foretold.
+constexpr int64_t kDenseSlots = 16;
 
 template <int N>
 struct Vectors {
@@ -118,6 +120,7 @@ template <class Element>
 void add_changes_of(Element element, const ChangesTask& task) {
   using Storage = typename Element::Storage;
   const int64_t d = task.x.cols, words = (task.slots + 31) / 32;
+  const bool dense = task.weight_is_finite && task.slots <= kDenseSlots;
   for (int64_t row = 0; row < task.x.rows; ++row) {
     const Storage* x = static_cast<const Storage*>(task.x.data) + row * task.x.row_stride;
     Storage* out = static_cast<Storage*>(task.out.data) + row * task.out.row_stride;
@@ -140,15 +143,21 @@ void add_changes_of(Element element, const ChangesTask& task) {
         }
         entries = 0;
       };
-      for (int64_t word = 0; word < words; ++word) {
-        for (uint32_t left = changed[word * task.stride]; left != 0; left &= left - 1) {
-          const int64_t slot = word * 32 + __builtin_ctz(left);
-          const Vec change = set1(task.after[slot * task.stride + row]);
-          const float* w = task.weight + slot * d + j;
-          for (int v = 0; v < kVectors; ++v) {
-            chains[v] = fmadd(change, load_some(F32{}, w + v * kLanes, partial), chains[v]);
+      const auto add_slot = [&](int64_t slot) {
+        const Vec change = set1(task.after[slot * task.stride + row]);
+        const float* w = task.weight + slot * d + j;
+        for (int v = 0; v < kVectors; ++v) {
+          chains[v] = fmadd(change, load_some(F32{}, w + v * kLanes, partial), chains[v]);
+        }
+        if (++entries == kChainEntries) end_chain();
+      };
+      if (dense) {
+        for (int64_t slot = 0; slot < task.slots; ++slot) add_slot(slot);
+      } else {
+        for (int64_t word = 0; word < words; ++word) {
+          for (uint32_t left = changed[word * task.stride]; left != 0; left &= left - 1) {
+            add_slot(word * 32 + __builtin_ctz(left));
           }
-          if (++entries == kChainEntries) end_chain();
         }
       }
       if (entries > 0) end_chain();

@@ -50,6 +50,7 @@ struct CompiledPlan {
   std::array<uint64_t, 16> slot_bits{};  // a bit for every slot, at its feature modulo the number of bits
   std::vector<int64_t> added;            // features that are only added to, and directions (below 0)
   std::vector<int64_t> edit_added;       // (n_edits), place in `added`, -1 for edits of slots
+  bool slot_weight_dec_is_finite = false;
   bool encodes_all = false;
   Offset offset;  // where all sequences have the same
 
@@ -140,6 +141,8 @@ CompiledPlan compile(const SteerParams& params, const SteerPlan& plan, const flo
       compiled.slot_threshold.push_back(element_at(params.thresholds, params.thresholds.size == 1 ? 0 : feature));
     }
   }
+  compiled.slot_weight_dec_is_finite = std::all_of(compiled.slot_weight_dec.begin(), compiled.slot_weight_dec.end(),
+                                                   [](float w) { return std::isfinite(w); });
   compiled.encodes_all = plan.reconstruct || (params.k > 0 && compiled.slots() > 0);
   if (has_same_offset(compiled, plan)) set_offset(compiled.offset, params, compiled, plan, shift, 0);
   return compiled;
@@ -391,6 +394,7 @@ class ChunkSteerer {
     task.offset = offset.data();
     task.offset_changes = offset.changes;
     task.changed = scratch_.changed.get<uint32_t>((slots + 31) / 32 * stride_);
+    task.weight_is_finite = compiled_.slot_weight_dec_is_finite;
     active_kernels().add_changes(task);
   }
 

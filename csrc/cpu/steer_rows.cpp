@@ -34,12 +34,15 @@ void score_slots_of(Element element, const SlotScoresTask& task) {
     for (int64_t slot = 0; slot < task.slots; ++slot) {
       float* out = task.out + slot * stride + row;
       score_tile(F32{}, task.weight + slot * d, d, rows, out);
+      // Read once: for all the compiler knows, they are among what is written.
       if (task.biases != nullptr) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] += task.biases[slot];
+        const float bias = task.biases[slot];
+        for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] += bias;
       }
       if (task.thresholds != nullptr) {
+        const float threshold = task.thresholds[slot];
         // "Not <=": a NaN stays visible.
-        for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] = out[lane] <= task.thresholds[slot] ? 0.0f : out[lane];
+        for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] = out[lane] <= threshold ? 0.0f : out[lane];
       }
     }
   }
