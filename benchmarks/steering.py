@@ -451,17 +451,8 @@ def torch_vector(case: SteeringCase, recommender: Recommender) -> Built:
     return _hooked(case, recommender, lambda x: x + vector)
 
 
-def empty_hooks(case: SteeringCase, recommender: Recommender) -> Built:
-    """Hooks that do nothing, in the places of ours: what PyTorch takes for calling them."""
-    attached = sharing_copy(host(case.host).recommender)
-    saerec_fast(case, attached)
-    for ours, module in zip(attached.modules(), recommender.modules(), strict=True):
-        for key in ours._forward_pre_hooks:
-            with_kwargs = key in ours._forward_pre_hooks_with_kwargs
-            module.register_forward_pre_hook(lambda *call: None, with_kwargs=with_kwargs)
-        for key in ours._forward_hooks:
-            always_call = key in ours._forward_hooks_always_called
-            module.register_forward_hook(lambda *call: None, always_call=always_call)
+def second_copy(case: SteeringCase, recommender: Recommender) -> Built:
+    """No plan either: what the comparison takes for a difference where there is none."""
     return recommender
 
 
@@ -558,7 +549,7 @@ STEERING = {
     "saerec_fast": SteeringWay("ours", saerec_fast),
     "torch_hook": SteeringWay("torch", torch_hook),
     "torch_vector": SteeringWay("torch", torch_vector),
-    "empty_hooks": SteeringWay("yardstick", empty_hooks),
+    "second_copy": SteeringWay("yardstick", second_copy),
     "sae_lens": SteeringWay("sae library", sae_lens),
     "nnsight": SteeringWay("sae library", nnsight),
 }
@@ -575,7 +566,7 @@ def ways_of(case: SteeringCase) -> list[str]:
     if case.plan.edits == "own" or case.activation not in ("relu", "topk"):
         return ["saerec_fast", "torch_hook"]
     if case.plan.edits == "add":
-        return ["saerec_fast", "torch_hook", "torch_vector", "empty_hooks", "sae_lens"]
+        return ["saerec_fast", "torch_hook", "torch_vector", "second_copy", "sae_lens"]
     if case.plan.positions == "last":
         return ["saerec_fast", "torch_hook", "sae_lens"]
     return ["saerec_fast", "torch_hook", "sae_lens", "nnsight"]
