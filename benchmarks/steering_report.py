@@ -355,6 +355,6 @@ _EXPLAINED = (
     "GPT-2 and RecTools' SASRec with random weights (d = 64, 2 layers, 2 heads, 50 positions, 3417 items; SAE with n ="
     " 2048 features of which about 32 fire), `run` is the trained recommender; with `-compiled`, both copies ran under "
     "`torch.compile`. `second_copy` has no plan either: how far the comparison itself is off. Plans: `add`, 8 features "
-    "added to; `edit`, 4 set and 4 scaled; `set`, one set; `own`, `edit` with other features and values in each sequence, plans "
-    "made within the call."
+    "added to; `edit`, 4 set and 4 scaled; `set`, one set; `own`, `edit` with other features and values in each "
+    "sequence, plans made within the call."
 )
