@@ -82,7 +82,11 @@ class TensorReader {
   // Whether a tensor is contiguous, of that element type, of 1 to 3 dimensions, and where the kernel can read it; then
   // what it is.
   bool read(const pybind11::object& tensor, const ElementType& element, TensorView& view) const {
-    return exchange_ != nullptr ? exchange(tensor, element, view) : ask(tensor, element, view);
+    if (!(exchange_ != nullptr ? exchange(tensor, element, view) : ask(tensor, element, view))) return false;
+    int64_t count = 1;
+    for (int i = 0; i < view.dimensions; ++i) count *= view.shape[i];
+    // No memory for something: a stand-in, such as torch makes for tensors that are all zero.
+    return count == 0 || view.data != nullptr;
   }
 
   uintptr_t address_of(const pybind11::object& tensor) const {
@@ -146,15 +150,16 @@ class TensorReader {
         dtype.code != element.dlpack.code || dtype.bits != element.dlpack.bits || dtype.lanes != 1) {
       return false;
     }
-    int64_t stride = 1;
-    for (int i = found.ndim - 1; i >= 0; --i) {
-      if (found.shape[i] != 1 && found.strides[i] != stride) return false;
-      stride *= found.shape[i];
-      view.shape[i] = found.shape[i];
-    }
     view.data = data_of(found);
     view.dimensions = found.ndim;
-    return true;
+    int64_t stride = 1;
+    bool contiguous = true;
+    for (int i = found.ndim - 1; i >= 0; --i) {
+      view.shape[i] = found.shape[i];
+      contiguous = contiguous && (found.shape[i] == 1 || found.strides[i] == stride);
+      stride *= found.shape[i];
+    }
+    return contiguous || stride == 0;  // where there is nothing, any strides will do
   }
 
   bool ask(const pybind11::object& tensor, const ElementType& element, TensorView& view) const {
