@@ -311,16 +311,16 @@ class TestValidFrom:
 
         model, sae = GSASRec().eval(), SparseAutoencoder(WIDTH, 32).eval()
         tokens = torch.where(TOKENS == 0, N_ITEMS + 1, TOKENS)
-        masks = _running.__dict__.get("masks", ())
+        masks = _running.__dict__.get("lasting", ())
         with attach(model, "seq_norm", sae, LAST) as handle:
             with pytest.raises(RuntimeError, match="'item_embedding'"):
                 model.seq_norm(torch.zeros(3, 5, WIDTH))
             whole = model(tokens)[0]
             for row in range(3):  # each call by its own mask
                 torch.testing.assert_close(model(tokens[row : row + 1])[0], whole[row : row + 1])
-            assert len(_running.masks) == len(masks) + 1
+            assert len(_running.lasting) == len(masks) + 1
             handle.detach()
-        assert _running.masks == masks
+        assert _running.lasting == masks
 
     def test_errors(self) -> None:
         model, sae = Backbone(), SparseAutoencoder(WIDTH, 32)
