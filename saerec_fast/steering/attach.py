@@ -37,14 +37,14 @@ _Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Te
 
 _keys = itertools.count()
 
-# Held while values are written in place and while they are copied: no forward pass gets half of them. A fork waits for
-# it, or the child would find it held by nobody.
+# Held while values are written in place and while they are copied, so that no forward pass gets half of them, and while
+# handles are put into modules and taken out. A fork waits for it, or the child would find it held by nobody.
 _values = threading.RLock()
 os.register_at_fork(before=_values.acquire, after_in_parent=_values.release, after_in_child=_values.release)
 
 _COMPILED = (
-    "model: expected a model that is not compiled yet, since compiled code ignores what is attached later; attach "
-    "first, then torch.compile (and change strengths and plan by the handle's update)"
+    "model: expected a model that is not compiled yet, since compiled code may ignore what is attached later; "
+    "attach first, then torch.compile (and change strengths and plan by the handle's update)"
 )
 
 
@@ -119,13 +119,14 @@ class SteeringHandle:
         # Compiled code would have to be compiled again for the second call, in which the attributes are there.
         _running.masks, _running.requests = getattr(_running, "masks", ()), _requests()
         _running.lasting = getattr(_running, "lasting", ())
-        at_site = steered_forward(module)
-        at_site.sites = (*at_site.sites, self)
-        self._forwards = [at_site]
-        if valid is not None:
-            at_source = steered_forward(source)
-            at_source.sources = (*at_source.sources, self)
-            self._forwards.append(at_source)
+        with _values:
+            at_site = steered_forward(module)
+            at_site.sites = (*at_site.sites, self)
+            self._forwards = [at_site]
+            if valid is not None:
+                at_source = steered_forward(source)
+                at_source.sources = (*at_source.sources, self)
+                self._forwards.append(at_source)
 
     @property
     def site(self) -> str:
@@ -228,8 +229,9 @@ class SteeringHandle:
         """Take the plan out of the model; doing so again does nothing."""
         self._attached = False
         self._state.plain = None
-        while self._forwards:
-            self._forwards.pop().remove(self)
+        with _values:
+            while self._forwards:
+                self._forwards.pop().remove(self)
         if self._lasting:
             forget_lasting(self._key)
 
@@ -448,11 +450,14 @@ def attach(
     after every layer, and its last entry is the one read on). An empty plan in ``delta`` mode changes no bit, nor does
     any plan in rows that it does not steer.
 
-    Attach before ``torch.compile``: compiled code does not see a hook that comes later. That a model was compiled is
+    While attached, the module, and the one whose arguments ``valid`` reads, have a ``forward`` of their own that calls
+    the one they had. So hooks on them act outside of the plan: a forward hook sees the steered output, and what a
+    pre-hook changes is what ``valid`` gets. And code that calls ``module.forward(...)`` directly is steered too.
+
+    Attach before ``torch.compile``: not all compiled code would notice what comes later. That a model was compiled is
     seen where it is a ``torch.compile`` wrapper, has one, or went through ``Module.compile``, and not where a compiled
-    function calls it. An unsteered copy may be compiled beside it, before or after: while attached, the modules that
-    the plan acts in have their class's ``forward`` as an attribute of their own, by which compiled code tells them
-    apart.
+    function calls it. An unsteered copy may be compiled beside it, before or after: compiled code tells them apart by
+    that ``forward``.
 
     Args:
         model: the model whose forward is called.
@@ -594,7 +599,7 @@ def _check_not_compiled(model: nn.Module, module: nn.Module) -> None:
     around = [outer for outer in model.modules() if any(inner is module for inner in outer.modules())]
     for outer in around:
         if isinstance(outer, torch.jit.ScriptModule):
-            raise ValueError(f"model: expected a plain module, got {type(outer).__name__}, which ignores hooks")
+            raise ValueError(f"model: expected a plain module, got {type(outer).__name__}, which runs no Python")
     if (
         any(hasattr(outer, "_orig_mod") or getattr(outer, "_compiled_call_impl", None) for outer in around)
         # What torch.compile(module.forward) put in the place of a forward.

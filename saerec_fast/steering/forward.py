@@ -68,10 +68,10 @@ class SteeredForward:
         for handle in sources:
             if handle._lasting:
                 forget_lasting(handle._key)
-                mask = (handle._key, handle._valid(*args, **kwargs))
+                mask = (handle._key, handle._valid(*args, **kwargs))  # type: ignore[misc]  # these have one
                 running.lasting = (*running.lasting, mask)
             else:
-                masks = (*masks, (handle._key, handle._valid(*args, **kwargs)))
+                masks = (*masks, (handle._key, handle._valid(*args, **kwargs)))  # type: ignore[misc]
         running.masks = masks
         try:
             output = self.forward(*args, **kwargs)

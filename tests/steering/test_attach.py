@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import itertools
 import os
 import pickle
 import sys
@@ -1324,8 +1326,233 @@ def test_a_handle_that_its_autoencoder_holds_is_collected(model: Model) -> None:
     assert alive() is None
 
 
+class TestForward:
+    """What lies in the place of a module's ``forward`` while a handle is there."""
+
+    def test_keeps_signature_and_name(self, model: Model, sae: SparseAutoencoder) -> None:
+        signature, code = inspect.signature(model.forward), model.forward.__code__
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item):
+            assert "forward" in vars(model)
+            assert inspect.signature(model.forward) == signature
+            assert list(signature.parameters) == ["tokens", "fail"]
+            assert model.forward.__name__ == "forward"
+            assert model.forward.__code__ is code
+
+    @torch.no_grad()
+    def test_a_call_of_it_is_steered(self, model: Model, sae: SparseAutoencoder) -> None:
+        plain = model.forward(TOKENS)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions="last"), valid=is_item):
+            steered = model(TOKENS)
+            assert not torch.equal(steered, plain)
+            assert torch.equal(model.forward(TOKENS), steered)
+            hidden = model.blocks[0].forward.__wrapped__(model.embedding(TOKENS))  # type: ignore[union-attr]
+        expected = sae.steer(hidden, SteeringPlan(EDITS, positions="last"), valid=is_item(TOKENS))
+        assert torch.equal(steered, from_block_0(model, expected))
+        assert torch.equal(model.forward(TOKENS), plain)
+
+    @pytest.mark.parametrize("first", ["hook", "handle"])
+    @torch.no_grad()
+    def test_hooks_are_around_it(self, model: Model, sae: SparseAutoencoder, first: str) -> None:
+        """Hooks see what was steered, and ``valid`` what they changed, whichever was there first."""
+        given: list[Tensor] = []
+        seen: list[Tensor] = []
+
+        def valid(tokens: Tensor) -> Tensor:
+            given.append(tokens)
+            return tokens != 0
+
+        def add_hooks() -> None:
+            model.register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
+            model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+
+        if first == "hook":
+            add_hooks()
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=valid)
+        if first == "handle":
+            add_hooks()
+        model(TOKENS)
+        handle.detach()
+        flipped = TOKENS.flip(1)
+        assert torch.equal(given[0], flipped)
+        hidden = through_block_0(model, flipped)
+        assert torch.equal(seen[0], sae.steer(hidden, SteeringPlan(EDITS), valid=is_item(flipped)))
+
+    @torch.no_grad()
+    def test_somebody_elses_comes_back(self, model: Model, sae: SparseAutoencoder) -> None:
+        block, forward = model.blocks[0], model.blocks[0].forward
+
+        def doubled(hidden: Tensor) -> Tensor:
+            return 2 * forward(hidden)
+
+        block.forward = doubled
+        hidden = through_block_0(model, TOKENS)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            assert torch.equal(through_block_0(model, TOKENS), sae.steer(hidden, SteeringPlan(EDITS)))
+        assert vars(block)["forward"] is doubled
+
+    @torch.no_grad()
+    def test_somebody_elses_on_top_stays(self, model: Model, sae: SparseAutoencoder) -> None:
+        hidden = through_block_0(model, TOKENS)
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        block, ours = model.blocks[0], model.blocks[0].forward
+
+        def negated(hidden: Tensor) -> Tensor:
+            return -ours(hidden)
+
+        block.forward = negated
+        steered = sae.steer(hidden, SteeringPlan(EDITS))
+        assert torch.equal(through_block_0(model, TOKENS), -steered)
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(model.embedding(TOKENS)), -steered)
+        handle.detach()
+        assert block.forward is negated
+        assert torch.equal(through_block_0(model, TOKENS), -hidden)
+        torch.testing.assert_close(compiled(model.embedding(TOKENS)), -hidden)
+        del compiled
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            assert torch.equal(through_block_0(model, TOKENS), sae.steer(-hidden, SteeringPlan(EDITS)))
+        assert block.forward is negated
+        block.forward = ours  # as who put theirs there would undo it
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            assert torch.equal(through_block_0(model, TOKENS), steered)
+        assert not what_is_attached(model)
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+    @torch.no_grad()
+    def test_detached_in_any_order(self, model: Model, sae: SparseAutoencoder, order: tuple[int, ...]) -> None:
+        plain = model(TOKENS)
+        plans = [SteeringPlan([Edit(number, "add", 2.0)]) for number in range(3)]
+        hidden = through_block_0(model, TOKENS)
+        valids = [is_item, None, lambda tokens: tokens != 1]
+        handles = [attach(model, "blocks.0", sae, plan, valid=valid) for plan, valid in zip(plans, valids, strict=True)]
+        left = [0, 1, 2]
+        for number in order:
+            handles[number].detach()
+            left.remove(number)
+            expected = hidden
+            for other in left:
+                valid = valids[other]
+                expected = sae.steer(expected, plans[other], valid=None if valid is None else valid(TOKENS))
+            for _ in range(2):
+                assert torch.equal(model(TOKENS), from_block_0(model, expected) if left else plain)
+        assert not what_is_attached(model)
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_error_drops_the_mask_of_that_pass_alone(self, model: Model, sae: Any, error: Any) -> None:
+        from saerec_fast.steering.attach import _running
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                with pytest.raises(error):
+                    self.model(tokens)
+                seen.append(_running.masks)
+                return self.model(tokens)
+
+        def fail(*_: Any) -> None:
+            fails.remove()
+            raise error
+
+        outer, seen = Outer(), []  # type: ignore[var-annotated]
+        fails = model.head.register_forward_pre_hook(fail)
+        with (
+            attach(outer, "model.blocks.1", sae, SteeringPlan(EDITS), valid=is_item) as first,
+            attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item),
+        ):
+            outer(TOKENS)
+            assert [key for key, _ in seen[0]] == [first._key]
+            assert _running.masks == ()
+
+    @torch.no_grad()
+    def test_a_lasting_mask_outlives_the_passes_around(self, model: Model, sae: SparseAutoencoder) -> None:
+        """Of a module before the site, inside of one that another handle's ``valid`` reads."""
+        plan, other = SteeringPlan(EDITS, positions="last"), SteeringPlan([Edit(4, "add", 2.0)])
+        first = attach(model, "blocks.1", sae, plan, valid=is_item, valid_from="embedding")
+        second = attach(model, "blocks.0", sae, other, valid=is_item)
+        for tokens in (TOKENS, TOKENS.flip(1)):
+            model(tokens)
+            expected = sae.steer(
+                Block.forward(model.blocks[1], hidden := torch.ones(4, 5, WIDTH)), plan, valid=tokens != 0
+            )
+            assert torch.equal(model.blocks[1](hidden), expected)
+        second.detach()
+        assert torch.equal(model.blocks[1](hidden), expected)
+        first._valid = lambda tokens: 1 // 0
+        with pytest.raises(ZeroDivisionError):
+            model(TOKENS)
+        with pytest.raises(RuntimeError, match="ran outside"):  # the one before does not count any more
+            model.blocks[1](hidden)
+        first.detach()
+
+    def test_threads_that_attach_at_once_leave_nothing_behind(self, model: Model, sae: SparseAutoencoder) -> None:
+        def attach_often(_: int) -> None:
+            for _ in range(200):
+                attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item).detach()
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(attach_often, range(4)))
+        finally:
+            sys.setswitchinterval(interval)
+        assert not what_is_attached(model)
+
+    @pytest.mark.parametrize("where", ["root", "inside"])
+    @pytest.mark.parametrize("site", ["", "0"])
+    @torch.no_grad()
+    def test_graph_module(self, sae: SparseAutoencoder, where: str, site: str) -> None:
+        graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+        twin = copy.deepcopy(graph)
+        x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+        plain, hidden = graph(x), graph.get_submodule("0")(x)
+        handle = attach(graph, site, sae, SteeringPlan(EDITS), valid=lambda x: x[..., 0] > 0)
+        steered = sae.steer(hidden if site else plain, SteeringPlan(EDITS), valid=x[..., 0] > 0)
+        steered = steered.tanh() if site else steered
+        graph.recompile()
+        for _ in range(2):
+            assert torch.equal(graph(x), steered)
+        models = [module if where == "root" else nn.Sequential(module) for module in (twin, graph)]
+        compiled = [torch.compile(model, backend="eager", fullgraph=True) for model in models]
+        for _ in range(2):
+            torch.testing.assert_close(compiled[0](x), plain)
+            torch.testing.assert_close(compiled[1](x), steered)
+        handle.detach()
+        assert not what_is_attached(graph)
+        for one in (graph, *compiled):
+            torch.testing.assert_close(one(x), plain)
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("site", ["", "blocks.0", "blocks.0.mlp"])
+    @pytest.mark.parametrize("valid", [is_item, None], ids=["valid", "all_valid"])
+    # torch's own, in strict mode.
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+    @torch.no_grad()
+    def test_export(self, sae: SparseAutoencoder, site: str, strict: bool, valid: Any) -> None:
+        class States(Model):
+            def forward(self, tokens: Tensor) -> Tensor:
+                return through_block_0(self, tokens)
+
+        model = States().eval()
+        model.sae = sae  # strict mode wants every parameter that is read to be the model's
+        plain = model(TOKENS)
+        handle = attach(model, site, sae, SteeringPlan(EDITS, positions="last"), valid=valid)
+        steered = [model(TOKENS) for _ in range(2)][-1]
+        assert not torch.allclose(steered, plain)
+        exported = torch.export.export(model, (TOKENS,), strict=strict).module()
+        torch.testing.assert_close(exported(TOKENS), steered)
+        assert torch.equal(model(TOKENS), steered)
+        handle.detach()
+        assert not what_is_attached(model)
+        torch.testing.assert_close(exported(TOKENS), steered)
+        assert torch.equal(model(TOKENS), plain)
+
+
 class TestCompiled:
-    """The hook inside a compiled graph; ``backend`` counts graphs and runs them as they are."""
+    """A plan inside a compiled graph; ``backend`` counts graphs and runs them as they are."""
 
     graphs: int
 
@@ -1462,6 +1689,23 @@ class TestCompiled:
         torch.testing.assert_close(compiled(TOKENS), unsteered)
         assert all("forward" not in vars(module) for module in steered.modules())
 
+    @torch.no_grad()
+    def test_a_mask_that_lasts(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan(EDITS, positions="last")
+        with attach(model, "blocks.0", sae, plan, valid=is_item, valid_from="embedding"):
+            compiled = self.compile(model)
+            for tokens in (TOKENS, TOKENS.flip(1), TOKENS.flip(0)):
+                expected = sae.steer(Block.forward(model.blocks[0], model.embedding(tokens)), plan, valid=tokens != 0)
+                torch.testing.assert_close(compiled(tokens), from_block_0(model, expected))
+            assert self.graphs == 1
+
+    @torch.no_grad()
+    def test_a_steered_forward_alone(self, model: Model, sae: SparseAutoencoder) -> None:
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            steered = through_block_0(model, TOKENS)
+            compiled = self.compile(model.blocks[0].forward)
+            torch.testing.assert_close(compiled(model.embedding(TOKENS)), steered)
+
     def test_copies_and_pickles_keep_apart(self, model: Model, sae: SparseAutoencoder) -> None:
         attach(model, "blocks.0", sae, SteeringPlan(EDITS))
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -1492,7 +1736,7 @@ class TestCompiled:
         cycle: list[Any] = [compiled]
         cycle.append(cycle)
         del compiled, target, cycle
-        # Nobody is left who would ignore the hook, though the wrapper has not been collected yet.
+        # Nobody is left who would ignore the handle, though the wrapper has not been collected yet.
         attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()
 
     @pytest.mark.parametrize("where", ["", "blocks.0", "blocks.0.mlp"])
@@ -1502,6 +1746,19 @@ class TestCompiled:
             attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()  # compiled code inside the site is fine
         with pytest.raises(ValueError, match="not compiled yet"):
             attach(model, "blocks.0.mlp", sae, SteeringPlan(EDITS))
+
+    def test_compiled_forward(self, model: Model, sae: SparseAutoencoder) -> None:
+        """In the place of a module's own, also where a handle lies on top."""
+        model.forward = torch.compile(model.forward, backend="eager")
+        handle = attach(model.blocks, "0", sae, SteeringPlan(EDITS))
+        with pytest.raises(ValueError, match="not compiled yet"):
+            attach(model, "blocks.1", sae, SteeringPlan(EDITS))
+        handle.detach()
+        del model.forward
+        model.embedding.forward = torch.compile(model.embedding.forward, backend="eager")
+        attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item, valid_from="embedding")
+        with pytest.raises(ValueError, match="not compiled yet"):
+            attach(model, "embedding", sae, SteeringPlan(EDITS))
 
     def test_compiled_part_of_a_model(self, model: Model, sae: SparseAutoencoder) -> None:
         model.blocks[0] = torch.compile(model.blocks[0], backend="eager")

@@ -232,6 +232,15 @@ def test_known_padding_can_be_pickled(name: str) -> None:
     assert torch.equal(padding.valid(TOKENS), TOKENS != 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_padding_of_rectools_is_a_mask_whatever_its_type(dtype: torch.dtype) -> None:
+    padding = known_padding(Backbone(), "transformer_layers.transformer_blocks.0")
+    assert padding is not None
+    mask = padding.valid(torch.zeros(3, 5, WIDTH), (2 * (TOKENS != 0)).unsqueeze(-1).to(dtype))
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, TOKENS != 0)
+
+
 @torch.no_grad()
 def test_own_valid_replaces_the_librarys() -> None:
     model, sae = gpt2().eval(), SparseAutoencoder(WIDTH, 32).eval()
