@@ -1487,10 +1487,14 @@ class TestForward:
             model.blocks[1](hidden)
         first.detach()
 
-    def test_threads_that_attach_at_once_leave_nothing_behind(self, model: Model, sae: SparseAutoencoder) -> None:
+    def test_threads_that_attach_at_once(self, model: Model, sae: SparseAutoencoder) -> None:
+        """Nobody's handle gets lost, and none stays behind."""
+
         def attach_often(_: int) -> None:
-            for _ in range(200):
-                attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item).detach()
+            for _ in range(300):
+                with attach(model, "blocks.0", sae, SteeringPlan(), valid=is_item) as handle:
+                    assert handle in model.forward.sources  # type: ignore[union-attr]
+                    assert handle in model.blocks[0].forward.sites  # type: ignore[union-attr, operator]
 
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
