@@ -24,10 +24,10 @@ running = threading.local()
 class SteeredForward:
     """Calls the ``forward`` that a module had, and what is attached to the module around it.
 
-    Lies in ``vars(module)["forward"]``, where a call of the module finds it without passing through its hooks, which
-    cost more than the steering. Dynamo traces it, and compares which object is there: code that was compiled for an
-    unsteered module of the class, or before the last handle was detached, is not run for a steered one. An ordinary
-    class, of which compiled code looks at what it reads and at nothing else.
+    Lies in ``vars(module)["forward"]``, where a call of the module finds it; hooks would make that call take
+    ``nn.Module``'s slow path. Dynamo traces it, and compares which object is there: neither a steered nor an unsteered
+    module runs code that was compiled for the other. An ordinary class, of which compiled code looks at what it reads
+    and at nothing else.
 
     Attributes:
         module: whose forward it is.
@@ -57,7 +57,7 @@ class SteeredForward:
         return code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # At a batch of one, each Python frame here costs a tenth of what the steering does.
+        # At a batch of one, cold Python costs more than the kernel: no helpers where all passes come along.
         sources = self.sources
         if not sources:
             output = self.forward(*args, **kwargs)
