@@ -25,6 +25,7 @@ from saerec_fast.serving.requests import Request, RequestReader
 from saerec_fast.serving.tables import read_table, write_table
 from saerec_fast.steering import attach
 from saerec_fast.steering.attach import hidden_index
+from saerec_fast.steering.forward import SteeredForward
 from saerec_fast.types import Ragged, SteeringPlan
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -319,7 +320,7 @@ class Predictor:
         return write_table(self._columns(answers), columns, ids_are_text=self._ids.dtype == object)
 
     def close(self) -> None:
-        """Take the hooks off the model; doing so again does nothing. Calls under way in other threads raise."""
+        """Take everything off the model; doing so again does nothing. Calls under way in other threads raise."""
         self._handle.detach()
         self._hook.remove()
 
@@ -357,7 +358,7 @@ class Predictor:
         self._model.eval()
         self._sae.eval()
         self._handle = attach(module, "", self._sae, SteeringPlan(), valid=self._valid_of_pass)
-        # After the handle's hook, so that it sees the steered states.
+        # Sees the steered states: the handle acts before any hook.
         self._hook = module.register_forward_hook(self._keep_site)
         self._device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
 
@@ -597,7 +598,7 @@ class Predictor:
         return {**columns, "error": _objects([answer.error for answer in answers])}
 
     def _model_without_hooks(self) -> nn.Module:
-        """A copy of the model's modules, with the same tensors, and without the hooks of predictors."""
+        """A copy of the model's modules, with the same tensors, and without what predictors put there."""
         own: dict[int, Any] = {}
         for module in self._model.modules():
             for hook in module._forward_hooks.values():
@@ -606,18 +607,15 @@ class Predictor:
                     own |= {id(one): one for one in (predictor, predictor._handle)}
         tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         copied = copy.deepcopy(self._model, {**tensors, **own})
+        handles = [one._handle for one in own.values() if isinstance(one, Predictor)]
         for module in copied.modules():
-            hooks: dict[int, Any] = {**module._forward_hooks, **module._forward_pre_hooks}
-            mine = [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in own]
-            for name in (
-                "_forward_hooks",
-                "_forward_hooks_with_kwargs",
-                "_forward_hooks_always_called",
-                "_forward_pre_hooks",
-                "_forward_pre_hooks_with_kwargs",
-            ):
-                for key in mine:
-                    getattr(module, name).pop(key, None)
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in own]:
+                del hooks[key]
+            forward = vars(module).get("forward")
+            if isinstance(forward, SteeredForward):
+                for handle in handles:
+                    forward.remove(handle)
         return copied
 
 

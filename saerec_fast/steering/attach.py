@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import gc
+import inspect
 import itertools
 import os
 import sys
 import threading
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from saerec_fast.api import steer_plans
 from saerec_fast.sae import SparseAutoencoder
+from saerec_fast.steering.forward import forget_lasting, steered_forward
+from saerec_fast.steering.forward import running as _running
 from saerec_fast.steering.sites import NoPadding, Valid, known_padding
 from saerec_fast.types import Edit, SteeringPlan, inference_threshold
 from saerec_fast.validation import check_plan
@@ -34,20 +35,16 @@ Strengths = Tensor | Sequence[float] | Sequence[Sequence[float]]
 # Key of the handle; the plan or plans, None for the handle's own; strengths, None for the values of the plans.
 _Request = tuple[int, "SteeringPlan | Sequence[SteeringPlan | None] | None", "Tensor | None"]
 
-# Per thread, what is going on for the handles in it, outermost first: what valid returned for the forward passes (key
-# of the handle, mask or offsets), and the requests. Tuples that are replaced rather than changed, in a plain
-# threading.local: torch.compile loses what is stored in a subclass.
-_running = threading.local()
 _keys = itertools.count()
 
-# Held while values are written in place and while they are copied: no forward pass gets half of them. A fork waits for
-# it, or the child would find it held by nobody.
+# Held while values are written in place and while they are copied, so that no forward pass gets half of them, and while
+# handles are put into modules and taken out. A fork waits for it, or the child would find it held by nobody.
 _values = threading.RLock()
 os.register_at_fork(before=_values.acquire, after_in_parent=_values.release, after_in_child=_values.release)
 
 _COMPILED = (
-    "model: expected a model that is not compiled yet, since compiled code ignores what is attached later; attach "
-    "first, then torch.compile (and change strengths and plan by the handle's update)"
+    "model: expected a model that is not compiled yet, since compiled code may ignore what is attached later; "
+    "attach first, then torch.compile (and change strengths and plan by the handle's update)"
 )
 
 
@@ -114,23 +111,22 @@ class SteeringHandle:
         self._valid = valid
         self._source, source = valid_from
         self._key = next(_keys)
-        # Read inside the hooks: compiled code ignores that a hook was removed, but it does notice this change.
         self._attached = True
         self._bind(plan, strengths)
-        # Compiled code would have to be compiled again for the second call, in which the attribute is there.
-        _running.masks, _running.requests = _masks(), _requests()
-        self._hooks: list[RemovableHandle] = []
-        self._modules = (module,) if valid is None else (module, source)
-        for steered in self._modules:
-            _set_apart(steered)
         # Where the site runs after the module whose arguments are looked at, their mask has to outlive its call.
-        self._lasting = not any(inner is module for inner in source.modules())
-        if valid is not None:
-            self._hooks.append(source.register_forward_pre_hook(self._enter_call, with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(self._steer_output))
-        if valid is not None and not self._lasting:
-            # After the hook above, which may be on the same module; called also where the forward pass raises.
-            self._hooks.append(source.register_forward_hook(self._forget_mask, always_call=True))
+        self._lasting = valid is not None and not any(inner is module for inner in source.modules())
+        self._masks_at = "lasting" if self._lasting else "masks"
+        # Compiled code would have to be compiled again for the second call, in which the attributes are there.
+        _running.masks, _running.requests = getattr(_running, "masks", ()), _requests()
+        _running.lasting = getattr(_running, "lasting", ())
+        with _values:
+            at_site = steered_forward(module)
+            at_site.sites = (*at_site.sites, self)
+            self._forwards = [at_site]
+            if valid is not None:
+                at_source = steered_forward(source)
+                at_source.sources = (*at_source.sources, self)
+                self._forwards.append(at_source)
 
     @property
     def site(self) -> str:
@@ -233,12 +229,11 @@ class SteeringHandle:
         """Take the plan out of the model; doing so again does nothing."""
         self._attached = False
         self._state.plain = None
-        while self._hooks:
-            self._hooks.pop().remove()
-        for steered in self._modules:
-            _set_back(steered)
+        with _values:
+            while self._forwards:
+                self._forwards.pop().remove(self)
         if self._lasting:
-            self._forget_mask()
+            forget_lasting(self._key)
 
     def __enter__(self) -> SteeringHandle:
         self._check_attached()
@@ -293,25 +288,10 @@ class SteeringHandle:
                     state.plans = steer_plans(state.traced_plan, state.strengths)
                 state.plain = self._sae.bind_steer()
 
-    def _enter_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._attached:
-            assert self._valid is not None
-            if self._lasting:
-                self._forget_mask()
-            _running.masks = (*_masks(), (self._key, self._valid(*args, **kwargs)))
-
-    def _forget_mask(self, *call: Any) -> None:
-        """Drop the innermost mask of this handle in this thread; also the hook after the module that ``valid`` sees."""
-        masks = _masks()
-        for index in range(len(masks) - 1, -1, -1):
-            if masks[index][0] == self._key:
-                _running.masks = masks[:index] + masks[index + 1 :]
-                return
-
     def _mask_of_call(self, x: Tensor) -> Tensor | None:
         """What ``valid`` said of the forward pass that runs, for hidden states ``x``: a mask, offsets, or nothing."""
         expected = tuple(x.shape[:-1])
-        masks = [mask for key, mask in _masks() if key == self._key]
+        masks = [mask for key, mask in self._masks() if key == self._key]
         if not masks:
             raise RuntimeError(
                 f"valid: site {self._site!r} ran outside a forward pass of "
@@ -341,16 +321,37 @@ class SteeringHandle:
             )
         return mask.to(x.device)
 
-    def _steer_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._attached:
-            return output
+    def _masks(self) -> tuple[tuple[int, Tensor | type[NoPadding]], ...]:
+        """What ``valid`` said in this thread to this handle and others, the innermost last."""
+        return getattr(_running, self._masks_at, ())
+
+    def _steer_output(self, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return self._steer(output)
+            # A compiled graph must not depend on whether there is a plain call yet.
+            if is_dynamo_compiling():
+                return self._steer_any(output, self._state)
+            state = self._state
+            plain = state.plain
+            # In line, without calls of Python functions: this is every pass but the first.
+            if plain is not None:
+                plans = state.plans
+                if requests := getattr(_running, "requests", ()):
+                    plans = self._plans_in_force(state, requests)
+                mask: Any = None
+                if self._valid is not None:
+                    mask = False  # without a mask, or with a None, it is for _steer_any to say what is wrong
+                    for key, of_call in getattr(_running, self._masks_at, ()):  # the innermost is the last
+                        if key == self._key:
+                            mask = None if of_call is NoPadding else False if of_call is None else of_call
+                steered = None if plans is None else plain.run(output, mask, plans)
+                if steered is not None:
+                    return steered
+            return self._steer_and_bind(output, state)
         if isinstance(output, (tuple, list)):
             index = hidden_index(output, self._sae.d_model)
             if index is not None:
                 parts = list(output)
-                parts[index] = self._steer(parts[index])
+                parts[index] = self._steer_output(parts[index])
                 if isinstance(output, list):
                     return parts
                 # A named tuple takes its fields one by one, a plain one as an iterable.
@@ -360,29 +361,16 @@ class SteeringHandle:
             f"one, got {_describe(output)}"
         )
 
-    def _steer(self, x: Tensor) -> Tensor:
-        # A compiled graph must not depend on whether there is a plain call yet.
-        if is_compiling():
-            return self._steer_any(x, self._state)
-        state = self._state
-        plain = state.plain
-        if plain is not None:
-            plans = state.plans
-            for key, plan, strengths in reversed(_requests()):
-                if key == self._key:
-                    plans = steer_plans(state.traced_plan if plan is None else plan, strengths)
-                    break
-            mask: Any = None
-            if self._valid is not None:
-                mask = False  # without a mask, or with a None, it is for _steer_any to say what is wrong
-                for key, of_call in _masks():  # the innermost is the last
-                    if key == self._key:
-                        mask = None if of_call is NoPadding else False if of_call is None else of_call
-            steered = None if plans is None else plain.run(x, mask, plans)
-            if steered is not None:
-                return steered
+    def _plans_in_force(self, state: _State, requests: tuple[_Request, ...]) -> SteerPlans | None:
+        for key, plan, strengths in reversed(requests):
+            if key == self._key:
+                return steer_plans(state.traced_plan if plan is None else plan, strengths)
+        return state.plans
+
+    def _steer_and_bind(self, x: Tensor, state: _State) -> Tensor:
         steered = self._steer_any(x, state)
-        if not torch.is_grad_enabled() and (plain is None or not plain.is_current()):
+        plain = state.plain
+        if not is_compiling() and not torch.is_grad_enabled() and (plain is None or not plain.is_current()):
             self._bind_call(state)
         return steered
 
@@ -462,11 +450,14 @@ def attach(
     after every layer, and its last entry is the one read on). An empty plan in ``delta`` mode changes no bit, nor does
     any plan in rows that it does not steer.
 
-    Attach before ``torch.compile``: compiled code does not see a hook that comes later. That a model was compiled is
+    While attached, the module, and the one whose arguments ``valid`` reads, have a ``forward`` of their own that calls
+    the one they had. So hooks on them act outside of the plan: a forward hook sees the steered output, and what a
+    pre-hook changes is what ``valid`` gets. And code that calls ``module.forward(...)`` directly is steered too.
+
+    Attach before ``torch.compile``: not all compiled code would notice what comes later. That a model was compiled is
     seen where it is a ``torch.compile`` wrapper, has one, or went through ``Module.compile``, and not where a compiled
-    function calls it. An unsteered copy may be compiled beside it, before or after: while attached, the modules that
-    the plan acts in have their class's ``forward`` as an attribute of their own, by which compiled code tells them
-    apart.
+    function calls it. An unsteered copy may be compiled beside it, before or after: compiled code tells them apart by
+    that ``forward``.
 
     Args:
         model: the model whose forward is called.
@@ -520,10 +511,6 @@ def attach(
         valid, valid_from = known.valid, known.path
     source = ("", model) if valid_from is None else _resolve(model, valid_from, "valid_from")
     return SteeringHandle(path, module, sae, plan, valid, source, strengths)
-
-
-def _masks() -> tuple[tuple[int, Tensor | type[NoPadding]], ...]:
-    return getattr(_running, "masks", ())
 
 
 def _requests() -> tuple[_Request, ...]:
@@ -612,14 +599,18 @@ def _check_not_compiled(model: nn.Module, module: nn.Module) -> None:
     around = [outer for outer in model.modules() if any(inner is module for inner in outer.modules())]
     for outer in around:
         if isinstance(outer, torch.jit.ScriptModule):
-            raise ValueError(f"model: expected a plain module, got {type(outer).__name__}, which ignores hooks")
+            raise ValueError(f"model: expected a plain module, got {type(outer).__name__}, which runs no Python")
     if (
         any(hasattr(outer, "_orig_mod") or getattr(outer, "_compiled_call_impl", None) for outer in around)
         # What torch.compile(module.forward) put in the place of a forward.
-        or any(hasattr(outer.forward, "_torchdynamo_orig_callable") for outer in around)
+        or any(_is_compiled(inspect.unwrap(outer.forward, stop=_is_compiled)) for outer in around)
         or _has_compiled_wrapper(around)
     ):
         raise ValueError(_COMPILED)
+
+
+def _is_compiled(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def _has_compiled_wrapper(modules: list[nn.Module]) -> bool:
@@ -640,26 +631,6 @@ def _has_compiled_wrapper(modules: list[nn.Module]) -> bool:
     # Wrappers lie in reference cycles: one that nobody can call any more may just not be collected yet.
     gc.collect()
     return search()
-
-
-def _set_apart(module: nn.Module) -> None:
-    """Keep code that was compiled for another module of the class, without hooks, from being run for this one.
-
-    Dynamo does not compare hooks with those it saw when it compiled (``skip_nnmodule_hook_guards``), and so took a
-    steered model for an unsteered one of the same shape. It does compare whether a module has a ``forward`` of its own.
-    This one is the method of the class, and changes nothing else.
-    """
-    if not isinstance(module, torch.fx.GraphModule):  # which has a class of its own
-        vars(module).setdefault("forward", module.forward)
-
-
-def _set_back(module: nn.Module) -> None:
-    """Undo :func:`_set_apart`, unless another handle still acts in the module or its ``forward`` was replaced."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(isinstance(getattr(hook, "__self__", None), SteeringHandle) for hook in hooks):
-        return
-    if vars(module).get("forward") == types.MethodType(type(module).forward, module):
-        del module.forward
 
 
 def _checked_or_planned(strengths: Strengths | None, plan: SteeringPlan, sae: SparseAutoencoder) -> Tensor:

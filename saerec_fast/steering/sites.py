@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -59,8 +60,8 @@ class _Library:
         sites: patterns of paths below the module, ``*`` being the number of a block, with what they are.
         padding: how ``valid`` knows.
         valid: from that module and the arguments of ``source``'s forward, as ``valid`` of ``attach``.
-        source: below the module, the one whose arguments ``valid`` reads: the innermost that sees the padding and is
-            called as a module in every use of the library. Methods that are called directly run no hooks.
+        source: below the module, the one whose arguments ``valid`` reads: the innermost that sees the padding and whose
+            forward runs in every use of the library, some of which call other methods of the modules around it.
         applies: whether it is this variant of the code.
     """
 
@@ -84,7 +85,8 @@ def _not_zero(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _of_rectools(layers: Any, seqs: Tensor, timeline_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-    return timeline_mask.squeeze(-1) != 0
+    mask = timeline_mask.squeeze(-1)
+    return mask if mask.dtype is torch.bool else mask != 0
 
 
 def _of_replay(body: Any, feature_tensors: Any, padding_mask: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -93,7 +95,7 @@ def _of_replay(body: Any, feature_tensors: Any, padding_mask: Tensor, *_: Any, *
 
 def _of_recbole(encoder: Any, hidden_states: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
     # (B, 1, 1 or L, L), 0 where a key may be attended to; the last position may look at all that are no padding.
-    return attention_mask[:, 0, -1] == 0
+    return attention_mask.select(1, 0).select(1, -1) == 0
 
 
 def _of_gsasrec(model: Any, tokens: Tensor) -> Tensor:
@@ -231,7 +233,6 @@ _LIBRARIES = (
         },
         padding="tokens that are not num_items + 1, as the last call of item_embedding saw them",
         valid=_of_gsasrec,
-        # get_predictions calls forward as a method.
         source="item_embedding",
     ),
     _Library(

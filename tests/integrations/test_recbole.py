@@ -47,7 +47,7 @@ def test_sites(model: Any) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_steering(model: Any, path: str) -> None:
     def run() -> Tensor:
-        # Calls forward as a method: hooks on the model itself never run.
+        # Calls forward as a method.
         return model.full_sort_predict(BATCH)
 
     check_site(model, path, run, TOKENS != 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import itertools
 import os
 import pickle
 import sys
@@ -131,13 +133,15 @@ def from_block_0(model: Model, hidden: Tensor) -> Tensor:
     return model.head(model.blocks[1](hidden))
 
 
-def n_hooks(model: nn.Module) -> int:
-    return sum(
-        len(hooks)
+def what_is_attached(model: nn.Module) -> list[Any]:
+    """All that hangs on the modules of a model: hooks, and what is in the place of a ``forward``."""
+    return [
+        attached
         for module in model.modules()
-        for name, hooks in vars(module).items()
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name
-    )
+        for name, value in vars(module).items()
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) or name == "forward"
+        for attached in (value if name != "forward" else [value])
+    ]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -229,7 +233,8 @@ def test_output_layouts(layout: str, sae: SparseAutoencoder) -> None:
     plan = SteeringPlan(EDITS)
     hidden = through_block_0(model, TOKENS)
     own: list[Any] = []
-    model.blocks[1].register_forward_hook(lambda module, args, output: own.append(output))
+    forward = model.blocks[1].forward
+    model.blocks[1].forward = lambda hidden: own.append(forward(hidden)) or own[-1]  # type: ignore[func-returns-value]
     plain = model.blocks[1](hidden)
     with attach(model, "blocks.1", sae, plan):
         steered = model.blocks[1](hidden)
@@ -297,15 +302,14 @@ def test_two_handles_on_the_model_itself(sae: SparseAutoencoder) -> None:
 
 def test_detach_twice_leaves_nothing_behind(model: Model, sae: SparseAutoencoder) -> None:
     state = list(model.state_dict())
-    before = n_hooks(model)
     handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item)
-    assert n_hooks(model) > before
+    assert len(what_is_attached(model)) == 2
     assert list(model.state_dict()) == state
     assert handle.attached
     handle.detach()
     handle.detach()
     assert not handle.attached
-    assert n_hooks(model) == before
+    assert not what_is_attached(model)
     for use in (handle.__enter__, lambda: handle.update(SteeringPlan())):
         with pytest.raises(RuntimeError, match="detached"):
             use()
@@ -320,7 +324,7 @@ def test_an_error_in_the_block_or_in_the_forward_pass_leaves_nothing_behind(mode
         attach(model, "blocks.1", sae, SteeringPlan(EDITS), valid=is_item),
     ):
         model(TOKENS, fail=True)
-    assert n_hooks(model) == 0
+    assert not what_is_attached(model)
     assert _running.masks == ()
     assert torch.equal(model(TOKENS), plain)
     handle = attach(model, "blocks.1", sae, SteeringPlan(EDITS, positions="last"), valid=is_item)
@@ -792,7 +796,7 @@ class TestPlainCall:
     @staticmethod
     def reference(model: Model, sae: SparseAutoencoder, plan: SteeringPlan, **options: Any) -> Tensor:
         block = copy.deepcopy(model.blocks[0])
-        block._forward_hooks.clear()
+        vars(block).pop("forward", None)
         return from_block_0(model, sae.steer(block(model.embedding(TOKENS)), plan, **options))
 
     @pytest.fixture(autouse=True)
@@ -1190,7 +1194,7 @@ class TestPlainRequests:
         assert handle._state.plans is not None
         strengths.handle = handle  # type: ignore[attr-defined]
         alive = weakref.ref(handle)
-        model.blocks[0]._forward_hooks.clear()
+        del model.blocks[0].forward
         del handle, strengths
         gc.collect()
         assert alive() is None
@@ -1285,7 +1289,7 @@ class TestTransforms:
         wanted, wanted_tangent = torch.func.jvp(expected, (self.x(),), (self.x(2),))
         torch.testing.assert_close(output, wanted)
         torch.testing.assert_close(tangent, wanted_tangent)
-        plain = torch.func.jvp(host[0].forward, (self.x(),), (self.x(2),))[1]
+        plain = torch.func.jvp(host[0].forward.forward, (self.x(),), (self.x(2),))[1]
         assert not torch.allclose(tangent, plain)
 
     def test_dual_numbers(self, site: tuple[nn.Module, Any]) -> None:
@@ -1316,14 +1320,243 @@ def test_a_handle_that_its_autoencoder_holds_is_collected(model: Model) -> None:
         model(TOKENS), model(TOKENS)
     assert sae.handle._state.plain is not None
     alive = weakref.ref(sae)
-    model.blocks[0]._forward_hooks.clear()
+    del model.blocks[0].forward
     del sae
     gc.collect()
     assert alive() is None
 
 
+class TestForward:
+    """What lies in the place of a module's ``forward`` while a handle is there."""
+
+    def test_keeps_signature_and_name(self, model: Model, sae: SparseAutoencoder) -> None:
+        signature, code = inspect.signature(model.forward), model.forward.__code__
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item):
+            assert "forward" in vars(model)
+            assert inspect.signature(model.forward) == signature
+            assert list(signature.parameters) == ["tokens", "fail"]
+            assert model.forward.__name__ == "forward"
+            assert model.forward.__code__ is code
+
+    @torch.no_grad()
+    def test_a_call_of_it_is_steered(self, model: Model, sae: SparseAutoencoder) -> None:
+        plain = model.forward(TOKENS)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS, positions="last"), valid=is_item):
+            steered = model(TOKENS)
+            assert not torch.equal(steered, plain)
+            assert torch.equal(model.forward(TOKENS), steered)
+            hidden = model.blocks[0].forward.__wrapped__(model.embedding(TOKENS))  # type: ignore[union-attr]
+        expected = sae.steer(hidden, SteeringPlan(EDITS, positions="last"), valid=is_item(TOKENS))
+        assert torch.equal(steered, from_block_0(model, expected))
+        assert torch.equal(model.forward(TOKENS), plain)
+
+    @pytest.mark.parametrize("first", ["hook", "handle"])
+    @torch.no_grad()
+    def test_hooks_are_around_it(self, model: Model, sae: SparseAutoencoder, first: str) -> None:
+        """Hooks see what was steered, and ``valid`` what they changed, whichever was there first."""
+        given: list[Tensor] = []
+        seen: list[Tensor] = []
+
+        def valid(tokens: Tensor) -> Tensor:
+            given.append(tokens)
+            return tokens != 0
+
+        def add_hooks() -> None:
+            model.register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
+            model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+
+        if first == "hook":
+            add_hooks()
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=valid)
+        if first == "handle":
+            add_hooks()
+        model(TOKENS)
+        handle.detach()
+        flipped = TOKENS.flip(1)
+        assert torch.equal(given[0], flipped)
+        hidden = through_block_0(model, flipped)
+        assert torch.equal(seen[0], sae.steer(hidden, SteeringPlan(EDITS), valid=is_item(flipped)))
+
+    @torch.no_grad()
+    def test_somebody_elses_comes_back(self, model: Model, sae: SparseAutoencoder) -> None:
+        block, forward = model.blocks[0], model.blocks[0].forward
+
+        def doubled(hidden: Tensor) -> Tensor:
+            return 2 * forward(hidden)
+
+        block.forward = doubled
+        hidden = through_block_0(model, TOKENS)
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            assert torch.equal(through_block_0(model, TOKENS), sae.steer(hidden, SteeringPlan(EDITS)))
+        assert vars(block)["forward"] is doubled
+
+    @torch.no_grad()
+    def test_somebody_elses_on_top_stays(self, model: Model, sae: SparseAutoencoder) -> None:
+        hidden = through_block_0(model, TOKENS)
+        handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
+        block, ours = model.blocks[0], model.blocks[0].forward
+
+        def negated(hidden: Tensor) -> Tensor:
+            return -ours(hidden)
+
+        block.forward = negated
+        steered = sae.steer(hidden, SteeringPlan(EDITS))
+        assert torch.equal(through_block_0(model, TOKENS), -steered)
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(model.embedding(TOKENS)), -steered)
+        handle.detach()
+        assert block.forward is negated
+        assert torch.equal(through_block_0(model, TOKENS), -hidden)
+        torch.testing.assert_close(compiled(model.embedding(TOKENS)), -hidden)
+        del compiled
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            assert torch.equal(through_block_0(model, TOKENS), sae.steer(-hidden, SteeringPlan(EDITS)))
+        assert block.forward is negated
+        block.forward = ours  # as who put theirs there would undo it
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            assert torch.equal(through_block_0(model, TOKENS), steered)
+        assert not what_is_attached(model)
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+    @torch.no_grad()
+    def test_detached_in_any_order(self, model: Model, sae: SparseAutoencoder, order: tuple[int, ...]) -> None:
+        plain = model(TOKENS)
+        plans = [SteeringPlan([Edit(number, "add", 2.0)]) for number in range(3)]
+        hidden = through_block_0(model, TOKENS)
+        valids = [is_item, None, lambda tokens: tokens != 1]
+        handles = [attach(model, "blocks.0", sae, plan, valid=valid) for plan, valid in zip(plans, valids, strict=True)]
+        left = [0, 1, 2]
+        for number in order:
+            handles[number].detach()
+            left.remove(number)
+            expected = hidden
+            for other in left:
+                valid = valids[other]
+                expected = sae.steer(expected, plans[other], valid=None if valid is None else valid(TOKENS))
+            for _ in range(2):
+                assert torch.equal(model(TOKENS), from_block_0(model, expected) if left else plain)
+        assert not what_is_attached(model)
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_error_drops_the_mask_of_that_pass_alone(self, model: Model, sae: Any, error: Any) -> None:
+        from saerec_fast.steering.attach import _running
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                with pytest.raises(error):
+                    self.model(tokens)
+                seen.append(_running.masks)
+                return self.model(tokens)
+
+        def fail(*_: Any) -> None:
+            fails.remove()
+            raise error
+
+        outer, seen = Outer(), []  # type: ignore[var-annotated]
+        fails = model.head.register_forward_pre_hook(fail)
+        with (
+            attach(outer, "model.blocks.1", sae, SteeringPlan(EDITS), valid=is_item) as first,
+            attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item),
+        ):
+            outer(TOKENS)
+            assert [key for key, _ in seen[0]] == [first._key]
+            assert _running.masks == ()
+
+    @torch.no_grad()
+    def test_a_lasting_mask_outlives_the_passes_around(self, model: Model, sae: SparseAutoencoder) -> None:
+        """Of a module before the site, inside of one that another handle's ``valid`` reads."""
+        plan, other = SteeringPlan(EDITS, positions="last"), SteeringPlan([Edit(4, "add", 2.0)])
+        first = attach(model, "blocks.1", sae, plan, valid=is_item, valid_from="embedding")
+        second = attach(model, "blocks.0", sae, other, valid=is_item)
+        for tokens in (TOKENS, TOKENS.flip(1)):
+            model(tokens)
+            expected = sae.steer(
+                Block.forward(model.blocks[1], hidden := torch.ones(4, 5, WIDTH)), plan, valid=tokens != 0
+            )
+            assert torch.equal(model.blocks[1](hidden), expected)
+        second.detach()
+        assert torch.equal(model.blocks[1](hidden), expected)
+        first._valid = lambda tokens: 1 // 0
+        with pytest.raises(ZeroDivisionError):
+            model(TOKENS)
+        with pytest.raises(RuntimeError, match="ran outside"):  # the one before does not count any more
+            model.blocks[1](hidden)
+        first.detach()
+
+    @torch.no_grad()
+    def test_attaching_while_another_thread_detaches(self, sae: SparseAutoencoder) -> None:
+        """Put where it would hurt most: when the last handle is out, before the module gets its own forward back."""
+        attached: list[SteeringHandle] = []
+
+        class Watched(nn.Identity):
+            def __delattr__(self, name: str) -> None:
+                thread.start()
+                thread.join(0.2)  # it waits for the detach to be over
+                super().__delattr__(name)
+
+        host, x = nn.Sequential(Watched()), torch.ones(2, 3, WIDTH)
+        thread = threading.Thread(target=lambda: attached.append(attach(host, "0", sae, SteeringPlan(EDITS))))
+        attach(host, "0", sae, SteeringPlan()).detach()
+        thread.join()
+        assert attached[0].attached
+        assert torch.equal(host(x), sae.steer(x, SteeringPlan(EDITS)))
+
+    @pytest.mark.parametrize("where", ["root", "inside"])
+    @pytest.mark.parametrize("site", ["", "0"])
+    @torch.no_grad()
+    def test_graph_module(self, sae: SparseAutoencoder, where: str, site: str) -> None:
+        graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+        twin = copy.deepcopy(graph)
+        x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+        plain, hidden = graph(x), graph.get_submodule("0")(x)
+        handle = attach(graph, site, sae, SteeringPlan(EDITS), valid=lambda x: x[..., 0] > 0)
+        steered = sae.steer(hidden if site else plain, SteeringPlan(EDITS), valid=x[..., 0] > 0)
+        steered = steered.tanh() if site else steered
+        graph.recompile()
+        for _ in range(2):
+            assert torch.equal(graph(x), steered)
+        models = [module if where == "root" else nn.Sequential(module) for module in (twin, graph)]
+        compiled = [torch.compile(model, backend="eager", fullgraph=True) for model in models]
+        for _ in range(2):
+            torch.testing.assert_close(compiled[0](x), plain)
+            torch.testing.assert_close(compiled[1](x), steered)
+        handle.detach()
+        assert not what_is_attached(graph)
+        for one in (graph, *compiled):
+            torch.testing.assert_close(one(x), plain)
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("site", ["", "blocks.0", "blocks.0.mlp"])
+    @pytest.mark.parametrize("valid", [is_item, None], ids=["valid", "all_valid"])
+    # torch's own, in strict mode.
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+    @torch.no_grad()
+    def test_export(self, sae: SparseAutoencoder, site: str, strict: bool, valid: Any) -> None:
+        class States(Model):
+            def forward(self, tokens: Tensor) -> Tensor:
+                return through_block_0(self, tokens)
+
+        model = States().eval()
+        model.sae = sae  # strict mode wants every parameter that is read to be the model's
+        plain = model(TOKENS)
+        handle = attach(model, site, sae, SteeringPlan(EDITS, positions="last"), valid=valid)
+        steered = [model(TOKENS) for _ in range(2)][-1]
+        assert not torch.allclose(steered, plain)
+        exported = torch.export.export(model, (TOKENS,), strict=strict).module()
+        torch.testing.assert_close(exported(TOKENS), steered)
+        assert torch.equal(model(TOKENS), steered)
+        handle.detach()
+        assert not what_is_attached(model)
+        torch.testing.assert_close(exported(TOKENS), steered)
+        assert torch.equal(model(TOKENS), plain)
+
+
 class TestCompiled:
-    """The hook inside a compiled graph; ``backend`` counts graphs and runs them as they are."""
+    """A plan inside a compiled graph; ``backend`` counts graphs and runs them as they are."""
 
     graphs: int
 
@@ -1460,12 +1693,30 @@ class TestCompiled:
         torch.testing.assert_close(compiled(TOKENS), unsteered)
         assert all("forward" not in vars(module) for module in steered.modules())
 
+    @torch.no_grad()
+    def test_a_mask_that_lasts(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan(EDITS, positions="last")
+        with attach(model, "blocks.0", sae, plan, valid=is_item, valid_from="embedding"):
+            compiled = self.compile(model)
+            for tokens in (TOKENS, TOKENS.flip(1), TOKENS.flip(0)):
+                expected = sae.steer(Block.forward(model.blocks[0], model.embedding(tokens)), plan, valid=tokens != 0)
+                torch.testing.assert_close(compiled(tokens), from_block_0(model, expected))
+            assert self.graphs == 1
+
+    @torch.no_grad()
+    def test_a_steered_forward_alone(self, model: Model, sae: SparseAutoencoder) -> None:
+        with attach(model, "blocks.0", sae, SteeringPlan(EDITS)):
+            steered = through_block_0(model, TOKENS)
+            compiled = self.compile(model.blocks[0].forward)
+            torch.testing.assert_close(compiled(model.embedding(TOKENS)), steered)
+
     def test_copies_and_pickles_keep_apart(self, model: Model, sae: SparseAutoencoder) -> None:
         attach(model, "blocks.0", sae, SteeringPlan(EDITS))
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             forward = vars(twin.blocks[0])["forward"]
-            assert forward.__self__ is twin.blocks[0]
-            assert forward.__func__ is Block.forward
+            assert forward.module is twin.blocks[0]
+            assert forward.forward.__self__ is twin.blocks[0]
+            assert forward.forward.__func__ is Block.forward
 
     def test_a_forward_put_there_by_somebody_else_stays(self, model: Model, sae: SparseAutoencoder) -> None:
         handle = attach(model, "blocks.0", sae, SteeringPlan(EDITS))
@@ -1485,11 +1736,11 @@ class TestCompiled:
         for target, site in ((compiled, "blocks.0"), (compiled, "_orig_mod.blocks.0"), (model, "blocks.0")):
             with pytest.raises(ValueError, match="not compiled yet"):
                 attach(target, site, sae, SteeringPlan(EDITS))
-        assert n_hooks(model) == 0
+        assert not what_is_attached(model)
         cycle: list[Any] = [compiled]
         cycle.append(cycle)
         del compiled, target, cycle
-        # Nobody is left who would ignore the hook, though the wrapper has not been collected yet.
+        # Nobody is left who would ignore the handle, though the wrapper has not been collected yet.
         attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()
 
     @pytest.mark.parametrize("where", ["", "blocks.0", "blocks.0.mlp"])
@@ -1499,6 +1750,19 @@ class TestCompiled:
             attach(model, "blocks.0", sae, SteeringPlan(EDITS)).detach()  # compiled code inside the site is fine
         with pytest.raises(ValueError, match="not compiled yet"):
             attach(model, "blocks.0.mlp", sae, SteeringPlan(EDITS))
+
+    def test_compiled_forward(self, model: Model, sae: SparseAutoencoder) -> None:
+        """In the place of a module's own, also where a handle lies on top."""
+        model.forward = torch.compile(model.forward, backend="eager")
+        handle = attach(model.blocks, "0", sae, SteeringPlan(EDITS))
+        with pytest.raises(ValueError, match="not compiled yet"):
+            attach(model, "blocks.1", sae, SteeringPlan(EDITS))
+        handle.detach()
+        del model.forward
+        model.embedding.forward = torch.compile(model.embedding.forward, backend="eager")
+        attach(model, "blocks.0", sae, SteeringPlan(EDITS), valid=is_item, valid_from="embedding")
+        with pytest.raises(ValueError, match="not compiled yet"):
+            attach(model, "embedding", sae, SteeringPlan(EDITS))
 
     def test_compiled_part_of_a_model(self, model: Model, sae: SparseAutoencoder) -> None:
         model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
@@ -1534,7 +1798,7 @@ class TestErrors:
             with pytest.raises(ValueError, match=r"feature.*23, got 24"):
                 handle.update(plan)
             assert torch.equal(model(TOKENS), before)
-        assert n_hooks(model) == 0
+        assert not what_is_attached(model)
 
     @pytest.mark.parametrize(
         ("strengths", "error", "message"),

@@ -104,6 +104,19 @@ def test_export(activation: Any, strengths: Tensor) -> None:
         torch.testing.assert_close(graph(tokens, values), model(tokens, values))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@torch.no_grad()
+def test_export_of_what_ran_before(strict: bool) -> None:
+    """The call that was bound by then is not for graphs."""
+    model = Steered(ReLU())
+    for _ in range(2):
+        model(TOKENS, STRENGTHS)
+    assert model.handle._state.plain is not None
+    graph = torch.export.export(model, (TOKENS, STRENGTHS), strict=strict).module()
+    torch.testing.assert_close(graph(TOKENS, -STRENGTHS), model(TOKENS, -STRENGTHS))
+
+
 LOAD = """
 import sys
 import torch

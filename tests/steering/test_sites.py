@@ -232,6 +232,15 @@ def test_known_padding_can_be_pickled(name: str) -> None:
     assert torch.equal(padding.valid(TOKENS), TOKENS != 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_padding_of_rectools_is_a_mask_whatever_its_type(dtype: torch.dtype) -> None:
+    padding = known_padding(Backbone(), "transformer_layers.transformer_blocks.0")
+    assert padding is not None
+    mask = padding.valid(torch.zeros(3, 5, WIDTH), (2 * (TOKENS != 0)).unsqueeze(-1).to(dtype))
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, TOKENS != 0)
+
+
 @torch.no_grad()
 def test_own_valid_replaces_the_librarys() -> None:
     model, sae = gpt2().eval(), SparseAutoencoder(WIDTH, 32).eval()
@@ -311,16 +320,16 @@ class TestValidFrom:
 
         model, sae = GSASRec().eval(), SparseAutoencoder(WIDTH, 32).eval()
         tokens = torch.where(TOKENS == 0, N_ITEMS + 1, TOKENS)
-        masks = _running.__dict__.get("masks", ())
+        masks = _running.__dict__.get("lasting", ())
         with attach(model, "seq_norm", sae, LAST) as handle:
             with pytest.raises(RuntimeError, match="'item_embedding'"):
                 model.seq_norm(torch.zeros(3, 5, WIDTH))
             whole = model(tokens)[0]
             for row in range(3):  # each call by its own mask
                 torch.testing.assert_close(model(tokens[row : row + 1])[0], whole[row : row + 1])
-            assert len(_running.masks) == len(masks) + 1
+            assert len(_running.lasting) == len(masks) + 1
             handle.detach()
-        assert _running.masks == masks
+        assert _running.lasting == masks
 
     def test_errors(self) -> None:
         model, sae = Backbone(), SparseAutoencoder(WIDTH, 32)
