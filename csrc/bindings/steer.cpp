@@ -291,8 +291,9 @@ class PlainSteer {
     if (!is_current(plans.adds()) || !plans.fits(sequences, width_, has_length)) return py::none();
     if (!mask.is_none()) {
       if (!reader_.is_plain(mask.ptr()) || !reader_.read(mask, mask_type_, valid)) return py::none();
-      if (valid.dimensions + 1 != view.dimensions || valid.shape[0] != sequences) return py::none();
-      if (has_length && valid.shape[1] != length) return py::none();
+      if (valid.shape[0] != sequences || (has_length && valid.shape[1] != length)) return py::none();
+      const bool has_column = valid.dimensions == view.dimensions && valid.shape[view.dimensions - 1] == 1;
+      if (valid.dimensions + 1 != view.dimensions && !has_column) return py::none();
     }
     const float* strengths = nullptr;
     // The caller's own tensor may have been given other memory, as a module's move to another dtype does.
@@ -327,8 +328,8 @@ class PlainSteer {
     params.n_plans = static_cast<int64_t>(prepared->plans.size());
     params.sequence_plans = plans.sequence_plans();
     params.valid = static_cast<const bool*>(valid.data);
-    params.threads = static_cast<int>(integer(called(functions_.get_num_threads)));
     if (saerec::useful_threads(2, saerec::steer_operations(params, *prepared->compiled)) > 1) {
+      params.threads = static_cast<int>(integer(called(functions_.get_num_threads)));
       const py::gil_scoped_release release;
       saerec::steer(params, *prepared->compiled);
     } else {

@@ -303,6 +303,8 @@ class SteeringHandle:
         mask = masks[-1]
         if mask is NoPadding:
             return None
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (*x.shape[:-1], 1):
+            mask = mask.squeeze(-1)
         if isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64) and x.dim() == 2 and mask.dim() == 1:
             # Looked at where that makes no device wait and no compiled graph break.
             if mask.is_cpu and not torch.compiler.is_compiling():

@@ -85,8 +85,8 @@ def _not_zero(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _of_rectools(layers: Any, seqs: Tensor, timeline_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-    mask = timeline_mask.squeeze(-1)
-    return mask if mask.dtype is torch.bool else mask != 0
+    # (B, L, 1)
+    return timeline_mask if timeline_mask.dtype is torch.bool else timeline_mask != 0
 
 
 def _of_replay(body: Any, feature_tensors: Any, padding_mask: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -119,7 +119,8 @@ def _of_transformers(
         # With a cache it covers the positions before these too.
         length = (given["inputs_embeds"] if input_ids is None else input_ids).shape[1]
         return mask[:, mask.shape[1] - length :] != 0
-    if input_ids is not None and (padding := model.config.pad_token_id) is not None:
+    # Past the configuration's own way to look attributes up, which takes longer than all of the rest.
+    if input_ids is not None and (padding := object.__getattribute__(model.config, "pad_token_id")) is not None:
         return input_ids != padding
     return NoPadding
 
