@@ -104,7 +104,10 @@ struct PreparedPlans {
   std::vector<float> values;             // (n_edits) or (sequences, n_edits), empty for the plans' own
   std::vector<saerec::SteerPlan> plans;  // with these values
   std::shared_ptr<const saerec::CompiledSteer> compiled;
-  py::object vector;  // (d) float32, where adding it to every row is all there is to do; else null
+  // What to add to hidden states, where that is all there is to do: float32 (d), or (length, d) for the last positions
+  // of sequences of that length; else null.
+  py::object sum;
+  int64_t length = 0;  // 0 for any
 
   bool is_for(uint64_t serial, const float* strengths, int64_t n_strengths) const {
     const std::size_t count = strengths == nullptr ? 0 : static_cast<std::size_t>(n_strengths);
@@ -246,6 +249,9 @@ class BoundSteer {
 // model the caches forget code and tables, and each function that runs first costs about a microsecond, more than the
 // kernel does for a row; so this calls as few as it can, and allocates nothing but the output.
 class PlainSteer {
+  // Beyond so many numbers reading them costs more than the few functions that are spared.
+  static constexpr int64_t kLargestSum = 1 << 16;
+
  public:
   // Functions of torch.
   struct Functions {
@@ -308,16 +314,16 @@ class PlainSteer {
     const int64_t rows = sequences * length;
     std::shared_ptr<const PreparedPlans> prepared = plans.prepared();
     const bool is_prepared = prepared != nullptr && prepared->is_for(serial_, strengths, plans.n_strengths());
-    if (is_prepared && prepared->vector &&
+    if (is_prepared && prepared->sum && (prepared->length == 0 || prepared->length == length) &&
         (valid.data == nullptr || std::memchr(valid.data, 0, static_cast<std::size_t>(rows)) == nullptr)) {
       // A model adds all the time, so that this code is not cold; and modes see it.
-      return checked(PyNumber_Add(x.ptr(), prepared->vector.ptr()));
+      return checked(PyNumber_Add(x.ptr(), prepared->sum.ptr()));
     }
     for (const py::object& count : functions_.count_modes) {
       if (integer(called(count)) != 0) return py::none();
     }
     if (reader_.is_negative(x)) return py::none();
-    if (!is_prepared) prepared = prepare(plans, strengths);
+    if (!is_prepared) prepared = prepare(plans, strengths, length);
     py::object out = checked(PyObject_CallOneArg(functions_.empty_like.ptr(), x.ptr()));
     saerec::SteerParams params = steer_.params();
     params.x = {view.data, params.weight_enc.dtype, rows, width_, width_, 1};
@@ -384,7 +390,7 @@ class PlainSteer {
   static py::object called(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
 
   // For the passes to come, until the plans run with another autoencoder or with other strengths.
-  std::shared_ptr<const PreparedPlans> prepare(const SteerPlans& plans, const float* strengths) const {
+  std::shared_ptr<const PreparedPlans> prepare(const SteerPlans& plans, const float* strengths, int64_t length) const {
     const auto count = strengths == nullptr ? std::size_t{0} : static_cast<std::size_t>(plans.n_strengths());
     const auto prepared = std::make_shared<PreparedPlans>();
     prepared->steer = serial_;
@@ -401,13 +407,22 @@ class PlainSteer {
     prepared->compiled = saerec::compile_steer(params);
     const float* vector = saerec::vector_to_add(params, *prepared->compiled);
     // The sum of a narrower type would be rounded otherwise.
-    if (vector != nullptr && params.weight_dec.dtype == DType::kFloat32) {
-      py::list numbers;
-      for (int64_t j = 0; j < width_; ++j) numbers.append(static_cast<double>(vector[j]));
-      prepared->vector = functions_.tensor(numbers, py::arg("dtype") = strengths_type_.torch);
-    }
+    if (vector != nullptr && params.weight_dec.dtype == DType::kFloat32) set_sum(*prepared, vector, length);
     plans.set_prepared(prepared);
     return prepared;
+  }
+
+  void set_sum(PreparedPlans& prepared, const float* vector, int64_t length) const {
+    const bool is_last = prepared.plans[0].positions == saerec::Positions::kLast;
+    if (is_last && (length == 0 || length * width_ > kLargestSum)) return;
+    py::list numbers;
+    // The other positions: a sum with -0 changes no bit, not even that of a -0.
+    for (int64_t i = 0; is_last && i < (length - 1) * width_; ++i) numbers.append(-0.0);
+    for (int64_t j = 0; j < width_; ++j) numbers.append(static_cast<double>(vector[j]));
+    prepared.sum = functions_.tensor(numbers, py::arg("dtype") = strengths_type_.torch);
+    if (!is_last) return;
+    prepared.sum = prepared.sum.attr("view")(length, width_);
+    prepared.length = length;
   }
 
   py::object bound_;

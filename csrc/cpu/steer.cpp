@@ -557,7 +557,7 @@ const float* vector_to_add(const SteerParams& params, const CompiledSteer& compi
   const SteerPlan& plan = params.plans[0];
   const CompiledPlan& only = compiled.plans[0];
   const bool adds = !plan.reconstruct && only.slots() == 0 && has_same_offset(only, plan) && only.offset.changes;
-  return adds && plan.positions == Positions::kAll && std::isinf(plan.max_relative_norm) ? only.offset.data() : nullptr;
+  return adds && std::isinf(plan.max_relative_norm) ? only.offset.data() : nullptr;
 }
 
 int64_t steer_operations(const SteerParams& params, const CompiledSteer& compiled) {

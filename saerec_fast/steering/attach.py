@@ -467,13 +467,13 @@ def attach(
             that module.
         sae: trained on hidden states of that module, on the same device and in the same dtype.
         plan: the edits, their mode and their positions. A mask of positions has the leading shape of the hidden states.
-        valid: called with the arguments of every forward of ``model``; returns a bool mask ``(B, L)`` of the positions
-            that are no padding. Padding stays as it is, and ``"last"`` means each row's last valid position. For
-            hidden states ``(ΣL, d)``, sequences one after the other without padding, it returns their offsets
-            instead, int32 or int64 ``(B + 1,)`` from 0 to ΣL: then ``"last"`` is each sequence's end, and strengths
-            and plans per row are per sequence. By default, a model that :func:`~saerec_fast.sites` recognises has its
-            library's own; in any other every position is valid and ``"last"`` is the end of the sequence, which is
-            right for padding on the left.
+        valid: called with the arguments of every forward of ``model``; returns a bool mask ``(B, L)`` or ``(B, L, 1)``
+            of the positions that are no padding. Padding stays as it is, and ``"last"`` means each row's last valid
+            position. For hidden states ``(ΣL, d)``, sequences one after the other without padding, it returns their
+            offsets instead, int32 or int64 ``(B + 1,)`` from 0 to ΣL: then ``"last"`` is each sequence's end, and
+            strengths and plans per row are per sequence. By default, a model that :func:`~saerec_fast.sites`
+            recognises has its library's own; in any other every position is valid and ``"last"`` is the end of the
+            sequence, which is right for padding on the left.
         valid_from: path of another module in ``model``, or that module, whose forward's arguments ``valid`` gets: for
             libraries that call an inner module without ``model``'s forward. What ``valid`` returned holds during that
             forward, or, where the site is not inside that module, until its next forward in the same thread.

@@ -86,14 +86,19 @@ def run(plain: _C.PlainSteer, x: Tensor, mask: Tensor | None, plans: _C.SteerPla
 @pytest.mark.parametrize("activation", [fast.ReLU(), fast.TopK(8)], ids=repr)
 def test_every_pass_has_the_bits_of_the_general_way(activation: Activation, dtype: torch.dtype, name: str) -> None:
     sae, plan = make_sae(activation, dtype, mean=0.2, std=1.5), PLANS[name]
-    plain, plans = bound(sae), plans_of(plan)
+    plain, shared = bound(sae), plans_of(plan)
     for shape in ((1, 1), (1, 17), (3, 15), (2, 129), (0, 5), (2, 0)):
-        x = make_states(*shape, dtype=dtype)
+        x, plans = make_states(*shape, dtype=dtype), plans_of(plan)
+        x[:1, :1, 3] = torch.nan
         partly = torch.rand(shape) < 0.6
         for mask in (None, torch.ones(shape, dtype=torch.bool), partly, torch.zeros(shape, dtype=torch.bool)):
             expected = sae.steer(x, plan, valid=mask)
-            assert_same_bits(run(plain, x, mask, plans), expected)
-            assert_same_bits(run(plain, x, mask, plans), expected)
+            for _ in range(2):
+                assert_same_bits(run(plain, x, mask, plans), expected)
+            # These were last run with sequences of another length.
+            assert_same_bits(run(plain, x, mask, shared), expected)
+            if mask is not None:
+                assert_same_bits(run(plain, x, mask[..., None], plans), expected)
 
 
 @torch.no_grad()
@@ -183,7 +188,8 @@ def test_what_is_not_plain_is_left_to_the_general_way(name: str) -> None:
         mask[:2],
         mask.T.contiguous(),
         torch.ones(5, 3, dtype=torch.bool).T,
-        mask[..., None],
+        mask[..., None].expand(3, 5, 2).contiguous(),
+        mask[None],
         mask.as_subclass(Wrapped),
         False,
     ):

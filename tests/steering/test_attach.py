@@ -915,6 +915,13 @@ class TestPlainCall:
             others[1, 2] = False
             assert same_bits(with_nan[others], expected[others])
 
+    def test_a_mask_with_a_column(self, model: Model, sae: SparseAutoencoder) -> None:
+        plan = SteeringPlan(EDITS)
+        expected = self.reference(model, sae, plan, valid=is_item(TOKENS))
+        with attach(model, "blocks.0", sae, plan, valid=lambda tokens: is_item(tokens)[..., None]):
+            for _ in range(3):
+                assert torch.equal(model(TOKENS), expected)
+
     @pytest.mark.parametrize("valid", [lambda tokens: tokens, lambda tokens: None, lambda tokens: tokens[:, 1:] != 0])
     def test_a_wrong_mask_after_a_right_one(self, model: Model, sae: SparseAutoencoder, valid: Any) -> None:
         masks = iter([is_item, is_item, valid])

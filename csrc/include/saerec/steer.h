@@ -60,7 +60,8 @@ struct CompiledSteer;
 // values_stride != 0 are not looked at either. Throws std::invalid_argument for a feature that the dictionary lacks.
 std::shared_ptr<const CompiledSteer> compile_steer(const SteerParams& params);
 
-// (d): what is added to every row, where that is all that the plans do; else null. Lives as long as compiled.
+// (d): what is added to every row at the plan's positions, where that is all that is done; else null. Lives as long as
+// compiled.
 const float* vector_to_add(const SteerParams& params, const CompiledSteer& compiled);
 
 // Multiply-adds of float32 for params.x.rows rows, about.
