@@ -86,13 +86,16 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# How many modes that want to see torch's calls are on; of torch's own, so that another version may lack them.
-MODE_COUNTERS = tuple(getattr(torch._C, f"_len_torch_{kind}_stack", None) for kind in ("dispatch", "function"))
+# How many modes that want to see torch's calls are on, and whether torch.jit traces; of torch's own, so that another
+# version may lack them.
+MODE_COUNTERS = tuple(
+    getattr(torch._C, name, None) for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_is_tracing")
+)
 
 
 def is_watched() -> bool:
-    """Whether a ``TorchDispatchMode`` or ``TorchFunctionMode`` is on, which kernels called directly would escape; also
-    where this torch does not tell."""
+    """Whether a ``TorchDispatchMode``, ``TorchFunctionMode`` or ``torch.jit.trace`` is on, which kernels called
+    directly would escape; also where this torch does not tell."""
     return any(count is None or count() for count in MODE_COUNTERS)
 
 

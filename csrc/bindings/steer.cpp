@@ -105,9 +105,10 @@ struct PreparedPlans {
   std::vector<saerec::SteerPlan> plans;  // with these values
   std::shared_ptr<const saerec::CompiledSteer> compiled;
   // What to add to hidden states, where that is all there is to do: float32 (d), or (length, d) for the last positions
-  // of sequences of that length; else null.
-  py::object sum;
-  int64_t length = 0;  // 0 for any
+  // of sequences of that length; else null. Made by the second pass, as most requests have but one.
+  mutable py::object sum;
+  mutable int64_t length = 0;  // 0 for any
+  mutable bool has_looked_for_sum = false;
 
   bool is_for(uint64_t serial, const float* strengths, int64_t n_strengths) const {
     const std::size_t count = strengths == nullptr ? 0 : static_cast<std::size_t>(n_strengths);
@@ -323,7 +324,12 @@ class PlainSteer {
       if (integer(called(count)) != 0) return py::none();
     }
     if (reader_.is_negative(x)) return py::none();
-    if (!is_prepared) prepared = prepare(plans, strengths, length);
+    if (!is_prepared) {
+      prepared = prepare(plans, strengths);
+    } else if (!prepared->has_looked_for_sum && plans.sequence_plans() == nullptr) {
+      prepared->has_looked_for_sum = true;
+      set_sum(*prepared, length);
+    }
     py::object out = checked(PyObject_CallOneArg(functions_.empty_like.ptr(), x.ptr()));
     saerec::SteerParams params = steer_.params();
     params.x = {view.data, params.weight_enc.dtype, rows, width_, width_, 1};
@@ -390,7 +396,7 @@ class PlainSteer {
   static py::object called(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
 
   // For the passes to come, until the plans run with another autoencoder or with other strengths.
-  std::shared_ptr<const PreparedPlans> prepare(const SteerPlans& plans, const float* strengths, int64_t length) const {
+  std::shared_ptr<const PreparedPlans> prepare(const SteerPlans& plans, const float* strengths) const {
     const auto count = strengths == nullptr ? std::size_t{0} : static_cast<std::size_t>(plans.n_strengths());
     const auto prepared = std::make_shared<PreparedPlans>();
     prepared->steer = serial_;
@@ -403,26 +409,27 @@ class PlainSteer {
     saerec::SteerParams params = steer_.params();
     params.plans = prepared->plans.data();
     params.n_plans = static_cast<int64_t>(prepared->plans.size());
-    params.sequence_plans = plans.sequence_plans();
     prepared->compiled = saerec::compile_steer(params);
-    const float* vector = saerec::vector_to_add(params, *prepared->compiled);
-    // The sum of a narrower type would be rounded otherwise.
-    if (vector != nullptr && params.weight_dec.dtype == DType::kFloat32) set_sum(*prepared, vector, length);
     plans.set_prepared(prepared);
     return prepared;
   }
 
-  void set_sum(PreparedPlans& prepared, const float* vector, int64_t length) const {
+  void set_sum(const PreparedPlans& prepared, int64_t length) const {
+    const float* vector = saerec::vector_to_add(prepared.plans.data(), *prepared.compiled);
+    // The sum of a narrower type would be rounded otherwise.
+    if (vector == nullptr || steer_.params().weight_dec.dtype != DType::kFloat32) return;
     const bool is_last = prepared.plans[0].positions == saerec::Positions::kLast;
     if (is_last && (length == 0 || length * width_ > kLargestSum)) return;
     py::list numbers;
     // The other positions: a sum with -0 changes no bit, not even that of a -0.
     for (int64_t i = 0; is_last && i < (length - 1) * width_; ++i) numbers.append(-0.0);
     for (int64_t j = 0; j < width_; ++j) numbers.append(static_cast<double>(vector[j]));
-    prepared.sum = functions_.tensor(numbers, py::arg("dtype") = strengths_type_.torch);
-    if (!is_last) return;
-    prepared.sum = prepared.sum.attr("view")(length, width_);
-    prepared.length = length;
+    py::object sum = functions_.tensor(numbers, py::arg("dtype") = strengths_type_.torch);
+    if (is_last) {
+      sum = sum.attr("view")(length, width_);
+      prepared.length = length;
+    }
+    prepared.sum = std::move(sum);
   }
 
   py::object bound_;

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "python.h"
 #include "saerec/views.h"
@@ -69,10 +70,9 @@ class TensorReader {
   // exchange: torch.Tensor's capsule with the C interface, or None.
   TensorReader(pybind11::object type, const pybind11::object& exchange) : type_(std::move(type)) {
     if (exchange.is_none()) return;
-    const void* api = PyCapsule_GetPointer(exchange.ptr(), dlpack::kCapsule);
-    if (api == nullptr) throw pybind11::error_already_set();
-    exchange_ = static_cast<const dlpack::ExchangeApi*>(api);
-    if (exchange_->major != dlpack::kMajor) exchange_ = nullptr;
+    const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange.ptr(), dlpack::kCapsule));
+    if (api == nullptr) PyErr_Clear();  // not what it is taken for
+    if (api != nullptr && api->major == dlpack::kMajor && api->read != nullptr) exchange_ = api;
   }
 
   bool is_tensor(PyObject* value) const { return PyObject_TypeCheck(value, type()) != 0; }

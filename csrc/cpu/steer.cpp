@@ -552,9 +552,9 @@ std::shared_ptr<const CompiledSteer> compile_steer(const SteerParams& params) {
   return compiled;
 }
 
-const float* vector_to_add(const SteerParams& params, const CompiledSteer& compiled) {
-  if (params.n_plans != 1 || params.sequence_plans != nullptr) return nullptr;
-  const SteerPlan& plan = params.plans[0];
+const float* vector_to_add(const SteerPlan* plans, const CompiledSteer& compiled) {
+  if (compiled.plans.size() != 1) return nullptr;
+  const SteerPlan& plan = plans[0];
   const CompiledPlan& only = compiled.plans[0];
   const bool adds = !plan.reconstruct && only.slots() == 0 && has_same_offset(only, plan) && only.offset.changes;
   return adds && std::isinf(plan.max_relative_norm) ? only.offset.data() : nullptr;

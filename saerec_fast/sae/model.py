@@ -448,7 +448,8 @@ class SparseAutoencoder(nn.Module):
             An object whose ``run(x, valid, plans)`` takes ``x (B, length, d_model)`` or ``(B, d_model)``, a bool mask
             or ``None``, and what ``steer_plans`` made of plans that fit this autoencoder. It returns ``None`` wherever
             it is not certain to do what :meth:`steer` does, such as with gradients on, or after a parameter has changed
-            (``is_current()`` is then false). ``None`` where no kernel can do it.
+            (``is_current()`` is then false; changes through ``.data`` are not seen until ``train()`` or ``eval()``).
+            ``None`` where no kernel can do it.
         """
         if self.training or is_watched():
             return None

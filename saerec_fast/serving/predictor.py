@@ -44,7 +44,7 @@ _TIMED = 3
 
 @dataclass
 class _Pass:
-    """One forward pass, as its thread's hooks see it.
+    """One forward pass, as what the predictor put into the model sees it in that thread.
 
     Attributes:
         valid: bool ``(B, L)``, False at padding.
@@ -108,8 +108,8 @@ class Predictor:
     several passes at once slow each other down where Python takes most of the time (``max_passes``). Rows are taken in
     turn from all calls that wait, so that a small one does not wait for a large one. A thread that is interrupted, or
     whose rows make the model fail, leaves the others their answers. It pickles (model, autoencoder and settings,
-    without hooks, locks and packed weights) and works in a forked child. More throughput comes from more processes;
-    ``torch.set_num_threads(1)`` at the start of the process spares each pass the switch.
+    without what it put there, locks and packed weights) and works in a forked child. More throughput comes from more
+    processes; ``torch.set_num_threads(1)`` at the start of the process spares each pass the switch.
 
     The model and the autoencoder are used as they are, not copied, and put into eval mode. Hooks are added once;
     outside of calls they change no bit of what the model returns, and :meth:`close` (or ``with``) takes them off.
@@ -333,7 +333,7 @@ class Predictor:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self._model_without_hooks(), "sae": self._sae, "site": self._site, **self._settings}
+        return {"model": self._model_without_predictors(), "sae": self._sae, "site": self._site, **self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -459,7 +459,8 @@ class Predictor:
                 return [_Answer(error=str(error))]
             half = len(requests) // 2
             return self._answer(length, requests[:half]) + self._answer(length, requests[half:])
-        # Another thread may have closed it meanwhile; without its hooks a pass fails in many ways, or ends unsteered.
+        # Another thread may have closed it meanwhile; without what it put into the model a pass fails in many ways, or
+        # ends unsteered.
         self._check_open()
         return answers
 
@@ -597,7 +598,7 @@ class Predictor:
             )
         return {**columns, "error": _objects([answer.error for answer in answers])}
 
-    def _model_without_hooks(self) -> nn.Module:
+    def _model_without_predictors(self) -> nn.Module:
         """A copy of the model's modules, with the same tensors, and without what predictors put there."""
         own: dict[int, Any] = {}
         for module in self._model.modules():

@@ -120,13 +120,16 @@ class SteeringHandle:
         _running.masks, _running.requests = getattr(_running, "masks", ()), _requests()
         _running.lasting = getattr(_running, "lasting", ())
         with _values:
-            at_site = steered_forward(module)
-            at_site.sites = (*at_site.sites, self)
-            self._forwards = [at_site]
+            # The source is in before the site, and the other way round in detach: no pass of another thread that begins
+            # meanwhile has a site without its mask.
+            self._forwards = []
             if valid is not None:
                 at_source = steered_forward(source)
                 at_source.sources = (*at_source.sources, self)
                 self._forwards.append(at_source)
+            at_site = steered_forward(module)
+            at_site.sites = (*at_site.sites, self)
+            self._forwards.append(at_site)
 
     @property
     def site(self) -> str:
@@ -227,13 +230,17 @@ class SteeringHandle:
 
     def detach(self) -> None:
         """Take the plan out of the model; doing so again does nothing."""
-        self._attached = False
-        self._state.plain = None
         with _values:
+            self._attached = False
+            self._state.plain = None
             while self._forwards:
                 self._forwards.pop().remove(self)
         if self._lasting:
             forget_lasting(self._key)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In the process that loads a pickle its key may be another handle's.
+        vars(self).update(state, _key=next(_keys))
 
     def __enter__(self) -> SteeringHandle:
         self._check_attached()
@@ -364,6 +371,8 @@ class SteeringHandle:
         )
 
     def _plans_in_force(self, state: _State, requests: tuple[_Request, ...]) -> SteerPlans | None:
+        if is_compiling():  # an export that runs this very code, whose strengths have no values and maybe no shape
+            return None
         for key, plan, strengths in reversed(requests):
             if key == self._key:
                 return steer_plans(state.traced_plan if plan is None else plan, strengths)
@@ -465,7 +474,8 @@ def attach(
         model: the model whose forward is called.
         site: dotted path of the module in ``model`` (as in ``model.get_submodule``; ``""`` is ``model`` itself), or
             that module.
-        sae: trained on hidden states of that module, on the same device and in the same dtype.
+        sae: trained on hidden states of that module, on the same device and in the same dtype. Its parameters may
+            change meanwhile, but not through ``.data``, which nobody can see; ``sae.eval()`` has them read again.
         plan: the edits, their mode and their positions. A mask of positions has the leading shape of the hidden states.
         valid: called with the arguments of every forward of ``model``; returns a bool mask ``(B, L)`` or ``(B, L, 1)``
             of the positions that are no padding. Padding stays as it is, and ``"last"`` means each row's last valid

@@ -82,7 +82,8 @@ class SteeredForward:
             running.masks = before
 
     def __getstate__(self) -> dict[str, Any]:
-        # A bound method would be looked up on the module, where a pickle may have put this object already.
+        # A bound method, as the class's forward is one, would be looked up on the module, where a pickle may have put
+        # this object already.
         return {name: vars(self)[name] for name in ("module", "replaced", "sources", "sites")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,8 +93,8 @@ class SteeredForward:
     def remove(self, handle: SteeringHandle) -> None:
         """Take a handle out, and after the last one put back what was there before, unless somebody else has replaced
         the module's ``forward`` since: theirs may call this one, which then only passes on."""
-        self.sources = tuple(other for other in self.sources if other is not handle)
         self.sites = tuple(other for other in self.sites if other is not handle)
+        self.sources = tuple(other for other in self.sources if other is not handle)
         if self.sources or self.sites or vars(self.module).get("forward") is not self:
             return
         if self.replaced is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 
 class NoPadding:
@@ -119,10 +120,22 @@ def _of_transformers(
         # With a cache it covers the positions before these too.
         length = (given["inputs_embeds"] if input_ids is None else input_ids).shape[1]
         return mask[:, mask.shape[1] - length :] != 0
-    # Past the configuration's own way to look attributes up, which takes longer than all of the rest.
-    if input_ids is not None and (padding := object.__getattribute__(model.config, "pad_token_id")) is not None:
-        return input_ids != padding
-    return NoPadding
+    if input_ids is None:
+        return NoPadding
+    padding = _padding_id(model.config)
+    return NoPadding if padding is None else input_ids != padding
+
+
+def _padding_id(config: Any) -> int | None:
+    if not is_dynamo_compiling():  # which does not trace it
+        # Past the configuration's own way to look attributes up, which takes longer than all the rest of a mask.
+        try:
+            padding: int | None = object.__getattribute__(config, "pad_token_id")
+            return padding
+        except AttributeError:  # it has another name there
+            pass
+    padding = config.pad_token_id
+    return padding
 
 
 _PMIXER: dict[str, Any] = {

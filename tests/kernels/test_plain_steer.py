@@ -93,12 +93,22 @@ def test_every_pass_has_the_bits_of_the_general_way(activation: Activation, dtyp
         partly = torch.rand(shape) < 0.6
         for mask in (None, torch.ones(shape, dtype=torch.bool), partly, torch.zeros(shape, dtype=torch.bool)):
             expected = sae.steer(x, plan, valid=mask)
-            for _ in range(2):
+            for _ in range(3):
                 assert_same_bits(run(plain, x, mask, plans), expected)
             # These were last run with sequences of another length.
             assert_same_bits(run(plain, x, mask, shared), expected)
             if mask is not None:
                 assert_same_bits(run(plain, x, mask[..., None], plans), expected)
+
+
+@torch.no_grad()
+def test_rows_without_a_plan_beside_rows_that_only_add() -> None:
+    sae, x = make_sae(), make_states(3, 5)
+    plain, plans = bound(sae), plans_of([PLANS["add"], None, PLANS["add"]])
+    for _ in range(4):
+        steered = run(plain, x, None, plans)
+        assert_same_bits(steered[1], x[1])
+        assert_same_bits(steered[::2], sae.steer(x[::2], PLANS["add"]))
 
 
 @torch.no_grad()
@@ -120,7 +130,7 @@ def test_strengths_are_read_in_every_pass(ops: tuple[Any, Any], shape: tuple[int
     plan = SteeringPlan([Edit(3, ops[0], 1.0), Edit(9, ops[1], 1.0)])
     strengths = torch.ones(shape)
     plain, plans = bound(sae), plans_of(plan, strengths)
-    for change in (1.0, 1.0, -2.0, -2.0, 0.0, 0.0):
+    for change in (1.0, 1.0, 1.0, -2.0, 1.0, 1.0, 0.0, 1.0, 1.0):
         strengths.mul_(change)
         own = strengths if strengths.dim() == 1 else strengths[:, None]
         assert_same_bits(run(plain, x, None, plans), sae.steer(x, plan, strengths=own))
@@ -228,7 +238,7 @@ def test_modes_see_what_is_done(name: str) -> None:
     plain, plans = bound(sae), plans_of(PLANS[name])
     with Seen():
         assert plain.run(x, None, plans) is None
-    expected = [run(plain, x, None, plans) for _ in range(2)][-1]
+    expected = [run(plain, x, None, plans) for _ in range(3)][-1]
     calls.clear()
     with Seen():
         steered = plain.run(x, None, plans)

@@ -33,7 +33,7 @@ from saerec_fast.steering import SteeringHandle, attach
 from saerec_fast.types import BatchTopK, Direction, Edit, JumpReLU, ReLU, SteeringPlan, TopK
 
 # The package's function of that name hides the module.
-attach_module = sys.modules["saerec_fast.steering.attach"]
+attach_module, forward_module = (sys.modules[f"saerec_fast.steering.{name}"] for name in ("attach", "forward"))
 
 WIDTH = 8
 N_FEATURES = 24
@@ -646,7 +646,7 @@ class TestUpdatesMeanwhile:
 
         def trace(frame: Any, event: str, argument: Any) -> Any:
             nonlocal left
-            if frame.f_code.co_filename != attach_module.__file__:
+            if frame.f_code.co_filename not in (attach_module.__file__, forward_module.__file__):
                 return None
             if event == "line":
                 left -= 1
@@ -698,6 +698,47 @@ class TestUpdatesMeanwhile:
                 if not ran:
                     break
                 assert torch.equal(model(TOKENS), answers[1]), f"line {line}: the update is lost"
+        assert line > 5
+
+    @pytest.mark.parametrize(
+        "valid",
+        [{"valid": is_item}, {"valid": lambda hidden: hidden[..., 0] > 0, "valid_from": "blocks.0"}],
+        ids=["of the model", "of the site"],
+    )
+    @torch.no_grad()
+    def test_detaching_at_every_line(self, model: Model, sae: SparseAutoencoder, valid: dict[str, Any]) -> None:
+        """Of a pass, and a pass at every line of the detach: it is that of a model with the plan or without it."""
+
+        def attached() -> SteeringHandle:
+            handle = attach(model, "blocks.0", sae, self.OLD, **valid)
+            for _ in range(2):
+                model(TOKENS)
+            return handle
+
+        plain = model(TOKENS)
+        with attached():
+            steered = model(TOKENS)
+        assert not torch.equal(plain, steered)
+        for line in range(1, 1000):
+            handle = attached()
+            output, ran = self.during(line, lambda: model(TOKENS), handle.detach)
+            assert any(torch.equal(output, answer) for answer in (plain, steered)), f"line {line} of a pass"
+            handle.detach()
+            if not ran:
+                break
+        assert line > 5
+        for line in range(1, 1000):
+            handle = attached()
+            outputs: list[Tensor] = []
+
+            def one_pass(outputs: list[Tensor] = outputs) -> None:
+                with torch.no_grad():
+                    outputs.append(model(TOKENS))
+
+            _, ran = self.during(line, handle.detach, one_pass)
+            if not ran:
+                break
+            assert any(torch.equal(outputs[0], answer) for answer in (plain, steered)), f"line {line} of the detach"
         assert line > 5
 
     @torch.no_grad()
@@ -914,6 +955,20 @@ class TestPlainCall:
             others = torch.ones(3, 4, dtype=torch.bool)
             others[1, 2] = False
             assert same_bits(with_nan[others], expected[others])
+
+    def test_a_trace_holds_what_is_done(self, model: Model, sae: SparseAutoencoder) -> None:
+        other = torch.tensor([[2, 2, 3, 4]])
+        sae.requires_grad_(False)  # a trace takes no other constants
+        for plan in (SteeringPlan([Edit(2, "add", 3.0)]), SteeringPlan(EDITS)):
+            with attach(model, "blocks.0", sae, plan):
+                for _ in range(3):
+                    model(TOKENS)
+                expected = model(other)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of shapes that become constants, and of torch.jit itself
+                    traced = torch.jit.trace(model, (other,), check_trace=False)
+                torch.testing.assert_close(traced(other.clone()), expected)
+                assert torch.equal(model(other), expected)
 
     def test_a_mask_with_a_column(self, model: Model, sae: SparseAutoencoder) -> None:
         plan = SteeringPlan(EDITS)
@@ -1331,6 +1386,17 @@ def test_a_handle_that_its_autoencoder_holds_is_collected(model: Model) -> None:
     del sae
     gc.collect()
     assert alive() is None
+
+
+def test_copies_have_requests_of_their_own(model: Model, sae: SparseAutoencoder) -> None:
+    """A pickle of another process may bring a key that a handle of this one has."""
+    other = SteeringPlan([Edit(7, "set", 6.0)])
+    with attach(model, "blocks.0", sae, SteeringPlan(EDITS)) as handle:
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        steered = model(TOKENS)
+        with handle.request(other):
+            assert not torch.equal(model(TOKENS), steered)
+            assert all(torch.equal(twin(TOKENS), steered) for twin in twins)
 
 
 class TestForward:

@@ -104,17 +104,22 @@ def test_export(activation: Any, strengths: Tensor) -> None:
         torch.testing.assert_close(graph(tokens, values), model(tokens, values))
 
 
+@pytest.mark.parametrize("strengths", [STRENGTHS, ROWS], ids=["one", "per_row"])
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 @torch.no_grad()
-def test_export_of_what_ran_before(strict: bool) -> None:
+def test_export_of_what_ran_before(strict: bool, strengths: Tensor) -> None:
     """The call that was bound by then is not for graphs."""
     model = Steered(ReLU())
-    for _ in range(2):
-        model(TOKENS, STRENGTHS)
+    for _ in range(3):
+        model(TOKENS, strengths)
     assert model.handle._state.plain is not None
-    graph = torch.export.export(model, (TOKENS, STRENGTHS), strict=strict).module()
-    torch.testing.assert_close(graph(TOKENS, -STRENGTHS), model(TOKENS, -STRENGTHS))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = ({0: batch}, {0: batch} if strengths.dim() == 2 else None)
+    graph = torch.export.export(model, (TOKENS, strengths), dynamic_shapes=shapes, strict=strict).module()
+    torch.testing.assert_close(graph(TOKENS, -strengths), model(TOKENS, -strengths))
+    larger = TOKENS.repeat(2, 1), strengths.repeat(2, 1) if strengths.dim() == 2 else strengths
+    torch.testing.assert_close(graph(*larger), model(*larger))
 
 
 LOAD = """

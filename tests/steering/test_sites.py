@@ -238,7 +238,7 @@ def test_padding_of_rectools_is_a_mask_whatever_its_type(dtype: torch.dtype) -> 
     assert padding is not None
     mask = padding.valid(torch.zeros(3, 5, WIDTH), (2 * (TOKENS != 0)).unsqueeze(-1).to(dtype))
     assert mask.dtype == torch.bool
-    assert torch.equal(mask, TOKENS != 0)
+    assert torch.equal(mask, (TOKENS != 0)[..., None])
 
 
 @torch.no_grad()

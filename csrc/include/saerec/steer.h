@@ -60,9 +60,9 @@ struct CompiledSteer;
 // values_stride != 0 are not looked at either. Throws std::invalid_argument for a feature that the dictionary lacks.
 std::shared_ptr<const CompiledSteer> compile_steer(const SteerParams& params);
 
-// (d): what is added to every row at the plan's positions, where that is all that is done; else null. Lives as long as
-// compiled.
-const float* vector_to_add(const SteerParams& params, const CompiledSteer& compiled);
+// (d): what is added to every row at the positions of the only plan, where that is all that is done; else null. plans:
+// of compiled, with which it lives.
+const float* vector_to_add(const SteerPlan* plans, const CompiledSteer& compiled);
 
 // Multiply-adds of float32 for params.x.rows rows, about.
 int64_t steer_operations(const SteerParams& params, const CompiledSteer& compiled);
