@@ -47,7 +47,7 @@ help:
 	@echo 'make demo       set up .venv, run the study on MovieLens 100K into runs/demo (ARGS="--data DIR" for other data)'
 	@echo 'make bench      set up .venv-bench, time the ops beside other libraries (ARGS="-k topk" to choose), some 45 minutes'
 	@echo 'make bench-quick   the same for a few sizes, 5 minutes'
-	@echo 'make bench-steering   time what steering adds to a recommender, and the predictor, some 12 minutes'
+	@echo 'make bench-steering   time what steering adds to a recommender, and the predictor, some 17 minutes'
 	@echo 'make bench-memory   peak memory of the steps on 20 million generated interactions, half an hour on a busy machine, 3 GB of disk'
 	@echo 'make test-integrations  checkpoints and models of other libraries, against those libraries'
 	@echo 'make setup      only set up .venv'

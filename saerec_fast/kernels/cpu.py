@@ -468,8 +468,9 @@ class BoundSteer:
 
         Returns:
             An object with ``run(x, valid, plans)``, which returns ``None`` where one of ``seen`` was replaced or
-            written to, gradients or a mode that wants to see torch's calls are on, a tensor is not what it takes, or
-            the plans (of :func:`steer_plans`) are not for it. ``None`` where this torch does not tell its modes.
+            written to, gradients are on, a mode wants to see torch's calls (additions that were prepared are such calls
+            and are made), a tensor is not what it takes, or the plans (of :func:`steer_plans`) are not for it. ``None``
+            where this torch does not tell its modes.
         """
         weight = self._kept[0]
         assert weight is not None

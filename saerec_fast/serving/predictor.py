@@ -108,7 +108,7 @@ class Predictor:
     several passes at once slow each other down where Python takes most of the time (``max_passes``). Rows are taken in
     turn from all calls that wait, so that a small one does not wait for a large one. A thread that is interrupted, or
     whose rows make the model fail, leaves the others their answers. It pickles (model, autoencoder and settings,
-    without what it put there, locks and packed weights) and works in a forked child. More throughput comes from more
+    without what it put into it, locks and packed weights) and works in a forked child. More throughput comes from more
     processes; ``torch.set_num_threads(1)`` at the start of the process spares each pass the switch.
 
     The model and the autoencoder are used as they are, not copied, and put into eval mode. Hooks are added once;
