@@ -305,29 +305,63 @@ def steer(
     packed_bytes = validation.check_packed(packed, W_enc, b_enc)
     # The kernels know neither tangents nor batching rules.
     chosen = "reference" if backend == "auto" and is_transformed() else resolve(backend, x)
-    # A compiler does better with these as part of its graph.
-    by_features = plan.only_adds or (plan.mode == "delta" and k == 0)
-    if by_features and backend == "auto" and torch.compiler.is_compiling():
+    if backend == "auto" and torch.compiler.is_compiling() and _is_by_features(plan, k):
         return steer_by_features(x, W_enc, b_enc, b_dec, W_dec, threshold, plan, strengths=strengths, valid=valid)
     if chosen == "reference":
         return reference.steer(x, W_enc, b_enc, b_dec, W_dec, activation, plan, strengths=strengths, valid=valid)
-    mask = reference.steered_positions(plan, batch_shape, valid, x.device)
+    autoencoder = W_enc, b_enc, b_dec, W_dec, threshold, k
+    return _steer_rows(chosen, "steer", x, autoencoder, plan, strengths, valid, packed_bytes)
+
+
+def _is_by_features(plan: SteeringPlan, k: int) -> bool:
+    """Whether a compiler does better with the ops of such a plan as part of its graph."""
+    return plan.only_adds or (plan.mode == "delta" and k == 0)
+
+
+def steer_normalized(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    scalars: tuple[Tensor, Tensor] | None,
+    activation: Activation,
+    plan: SteeringPlan,
+    *,
+    strengths: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor | None:
+    """:func:`steer` with weights of normalised hidden states, ``(x − mean) / std``, for graphs: the operator keeps what
+    it makes of the weights from one call to the next, which a graph would make anew in each. ``None`` where a graph
+    does better otherwise, or no kernel runs.
+
+    Args:
+        weights: ``W_enc``, ``b_enc``, ``b_dec`` and ``W_dec``.
+        scalars: ``mean`` and ``std``, ``None`` for 0 and 1.
+    """
+    k, threshold = _check_autoencoder(x, *weights, activation)
+    if _is_by_features(plan, k) or is_transformed() or resolve("auto", x) != "cpu":
+        return None
+    validation.check_plan(plan, *weights[0].shape)
+    validation.check_strengths(strengths, plan, x.shape[:-1], x)
+    autoencoder = *weights, threshold, k
+    mean, std = (None, None) if scalars is None else scalars
+    return _steer_rows("cpu", "steer_normalized", x, autoencoder, plan, strengths, valid, mean, std)
+
+
+def _steer_rows(
+    backend: str,
+    name: str,
+    x: Tensor,
+    autoencoder: tuple[Any, ...],
+    plan: SteeringPlan,
+    strengths: Tensor | None,
+    valid: Tensor | None,
+    *rest: Tensor | None,
+) -> Tensor:
+    """The kernel of that name, and what it leaves to do of the plan. ``rest``: its last arguments."""
+    mask = reference.steered_positions(plan, x.shape[:-1], valid, x.device)
     values = _values_of_rows(x, plan, strengths)
-    out = _run(
-        chosen,
-        "steer",
-        _flat(x),
-        W_enc,
-        b_enc,
-        b_dec,
-        W_dec,
-        threshold,
-        k,
-        plan.mode == "reconstruct",
-        *_edits(plan, values),
-        None if mask is None else mask.reshape(-1),
-        packed_bytes,
-    )
+    row_mask = None if mask is None else mask.reshape(-1)
+    edits = _edits(plan, values)
+    out = _run(backend, name, _flat(x), *autoencoder, plan.mode == "reconstruct", *edits, row_mask, *rest)
     return _with_directions_and_limit(x, out, plan, values, mask)
 
 

@@ -52,6 +52,15 @@ _SCHEMAS = {
 }
 
 
+# Only for the CPU kernels: weights of normalised hidden states, as they are in an autoencoder. What is made of them is
+# kept between calls.
+_STEER_NORMALIZED = (
+    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, Tensor W_dec, Tensor? threshold, int k,"
+    " bool reconstruct, int[] features, int[] ops, Tensor values, Tensor? mask,"
+    " Tensor? mean, Tensor? std) -> Tensor"
+)
+
+
 def uniform_offsets(rows: int, k: int, device: torch.device) -> Tensor:
     """Row offsets of exactly k entries a row, int64 ``(rows + 1,)``."""
     return torch.arange(rows + 1, device=device) * k
@@ -560,11 +569,33 @@ def _define(backend: str) -> torch.library.Library:
 # Operators live as long as their libraries.
 _libraries = {backend: _define(backend) for backend in NAMESPACES}
 
+
+def _steer_normalized_autograd(
+    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Tensor, W_dec: Tensor, *args: Any
+) -> Tensor:
+    *edits, mean, std = args
+    operators = operators_of("cpu")
+    tensors = (arg for arg in (x, W_enc, b_enc, b_dec, W_dec, *args) if isinstance(arg, Tensor))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if mean is not None:
+            W_enc, b_dec, W_dec = reference.fold_normalization(W_enc, b_dec, W_dec, mean, std)
+        differentiable: Tensor = operators.steer(x, W_enc, b_enc, b_dec, W_dec, *edits)
+        return differentiable
+    with torch._C._AutoDispatchBelowAutograd():
+        steered: Tensor = operators.steer_normalized(x, W_enc, b_enc, b_dec, W_dec, *args)
+    return steered
+
+
+_cpu = _libraries["cpu"]
+_cpu.define(f"steer_normalized{_STEER_NORMALIZED}", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake(f"{NAMESPACES['cpu']}::steer_normalized", _fake_steer, lib=_cpu)
+_cpu.impl("steer_normalized", _steer_normalized_autograd, "Autograd")
+
 if not available_backends()["cpu"]:
     from saerec_fast.kernels import cpu
 
-    for _name in _SCHEMAS:
-        _libraries["cpu"].impl(_name, getattr(cpu, _name), "CPU")
+    for _name in (*_SCHEMAS, "steer_normalized"):
+        _cpu.impl(_name, getattr(cpu, _name), "CPU")
 for _name in _SCHEMAS:
     # Triton's interpreter takes tensors on the CPU; saerec_fast.backend knows whether it runs.
     for _key in ("CUDA", "CPU"):

@@ -40,6 +40,7 @@ def operator_calls() -> dict[str, tuple]:
     exclude = torch.arange(13) * 2, torch.arange(24)
     threshold, edits = torch.tensor([0.3]), ([3, 3, 9], [0, 2, 1], torch.tensor([1.0, 0.5, 2.0]))
     mask = torch.arange(12) % 2 == 0
+    scalars = torch.tensor(0.25), torch.tensor(1.5)
     return {
         "linear_topk": (x, W_enc, b_enc, 7, None, None),
         "linear_topk exclude": (x, W_enc, None, 7, *exclude),
@@ -60,11 +61,13 @@ def operator_calls() -> dict[str, tuple]:
         "steer delta empty": (x, W_enc, b_enc, b_dec, W_dec, None, 7, False, [], [], torch.zeros(0), None),
         "steer reconstruct relu": (x, W_enc, b_enc, b_dec, W_dec, threshold, 0, True, *edits, mask),
         "steer reconstruct topk": (x, W_enc, b_enc, b_dec, W_dec, None, 7, True, *edits, None),
+        "steer_normalized topk": (x, W_enc, b_enc, b_dec, W_dec, None, 7, False, *edits, mask, *scalars),
+        "steer_normalized relu": (x, W_enc, b_enc, b_dec, W_dec, threshold, 0, True, *edits, None, None, None),
     }
 
 
 def test_every_operator_is_checked() -> None:
-    assert {name.split()[0] for name in operator_calls()} == set(ops._SCHEMAS)
+    assert {name.split()[0] for name in operator_calls()} == {*ops._SCHEMAS, "steer_normalized"}
 
 
 # The sparse_ operators and largest_entries serve training only and have no gradient of their own.
@@ -77,11 +80,14 @@ OPCHECKS = [
 
 
 @pytest.mark.parametrize(("name", "requires_grad"), OPCHECKS)
+# From opcheck, about what steer_normalized makes of its weights for the operator that has a gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_opcheck(name: str, requires_grad: bool) -> None:
     args = operator_calls()[name]
     if requires_grad:
         # The fifth of encode_threshold, the sixth of steer are thresholds, which have no gradient.
         leaves = {"decode_sparse": (2, 3, 4), "linear_topk": (0, 1, 2), "steer": (0, 1, 2, 3, 4, 10)}
+        leaves["steer_normalized"] = (*leaves["steer"], 12, 13)
         chosen = leaves.get(name.split()[0], (0, 1, 2, 3))
         args = tuple(
             arg.requires_grad_() if i in chosen and isinstance(arg, Tensor) else arg for i, arg in enumerate(args)

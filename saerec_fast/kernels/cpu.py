@@ -7,15 +7,17 @@ with any strides; all tensors of a call but thresholds, edit values and offsets 
 from __future__ import annotations
 
 import math
+import weakref
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saerec_fast import _C
 from saerec_fast.backend import MODE_COUNTERS
+from saerec_fast.reference import fold_normalization
 from saerec_fast.types.plan import OPS, Direction, SteeringPlan
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -499,19 +501,31 @@ def steer(
     packed: Tensor | None = None,
 ) -> Tensor:
     """Steered hidden states ``(R, d)``. ``values`` is ``(m,)`` or ``(R, m)``, ``mask`` bool ``(R,)``."""
+    weights = _unit_columns(W_enc), b_enc, b_dec, W_dec, packed
+    return _steer(x, _places(*weights), threshold, k, reconstruct, features, ops, values, mask)
+
+
+def _steer(
+    x: Tensor,
+    places: tuple[Any, ...],
+    threshold: Tensor | None,
+    k: int,
+    reconstruct: bool,
+    features: list[int],
+    ops: list[int],
+    values: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
     values = _float_vector(values).contiguous()
     mask = None if mask is None else mask.contiguous()
     threshold = None if threshold is None else _float_vector(threshold)
-    W_enc = _unit_columns(W_enc)
     edit_features, edit_ops = array("q", features), array("q", ops)
     out = torch.empty(x.shape, dtype=x.dtype)
+    *weights, packed = places
     _C.steer(
         _DTYPE[x.dtype],
         _matrix(x),
-        _matrix(W_enc),
-        _vector(b_enc),
-        _vector(b_dec),
-        _matrix(W_dec),
+        *weights,
         k,
         None if threshold is None else _vector(threshold),
         reconstruct,
@@ -522,10 +536,77 @@ def steer(
         values.shape[-1] if values.dim() == 2 else 0,
         0 if mask is None else mask.data_ptr(),
         _matrix(out),
-        _packed(packed),
+        packed,
         torch.get_num_threads(),
     )
     return out
+
+
+class _Kept(NamedTuple):
+    """What was made of the weights of an autoencoder, as long as they do not change.
+
+    Attributes:
+        owner: its ``W_enc``.
+        key: what changes with them.
+        tensors: them under other names, so that no other ones get their addresses, and what was made.
+        places: where that lies.
+    """
+
+    owner: weakref.ref[Tensor]
+    key: list[int]
+    tensors: tuple[Tensor, ...]
+    places: tuple[Any, ...]
+
+
+# By the id of W_enc, with which an entry goes: one for each autoencoder that graphs steer with.
+_kept: dict[int, _Kept] = {}
+
+
+def steer_normalized(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    k: int,
+    reconstruct: bool,
+    features: list[int],
+    ops: list[int],
+    values: Tensor,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    """:func:`steer` with weights of normalised hidden states. Folded and packed ones are kept until a weight changes,
+    which its version counter tells."""
+    tensors = [tensor for tensor in (W_enc, b_enc, b_dec, W_dec, mean, std) if tensor is not None]
+    edits = threshold, k, reconstruct, features, ops, values, mask
+    try:
+        key = [number for tensor in tensors for number in (tensor.data_ptr(), tensor._version)]
+    except RuntimeError:  # made under inference_mode: such a tensor does not count its versions
+        W_enc, b_dec, W_dec = _folded(W_enc, b_dec, W_dec, mean, std)
+        return steer(x, W_enc, b_enc, b_dec, W_dec, *edits)
+    number = id(W_enc)
+    kept = _kept.get(number)
+    if kept is None or kept.key != key or kept.owner() is not W_enc:
+        aliases = tuple(tensor.detach() for tensor in tensors)
+        # Not W_enc itself, whose end is waited for.
+        folded_W_enc, b_dec, W_dec = _folded(aliases[0], b_dec, W_dec, mean, std)
+        weights = folded_W_enc, b_enc, b_dec, W_dec, pack(folded_W_enc, b_enc)
+        owner = weakref.ref(W_enc, lambda _: _kept.pop(number, None))
+        # Another thread may do the same meanwhile.
+        _kept[number] = kept = _Kept(owner, key, (*aliases, *weights), _places(*weights))
+    return _steer(x, kept.places, *edits)
+
+
+def _folded(
+    W_enc: Tensor, b_dec: Tensor, W_dec: Tensor, mean: Tensor | None, std: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if mean is None or std is None:
+        return _unit_columns(W_enc), b_dec, W_dec
+    W_enc, b_dec, W_dec = fold_normalization(W_enc, b_dec, W_dec, mean, std)
+    return _unit_columns(W_enc), b_dec, W_dec
 
 
 def _autoencoder(
@@ -540,16 +621,21 @@ def _autoencoder(
     """The tensors whose addresses a bound call holds, and the arguments that name them."""
     W_enc = _unit_columns(W_enc)
     threshold = None if threshold is None else _float_vector(threshold)
+    *weights, place_of_packed = _places(W_enc, b_enc, b_dec, W_dec, packed)
     return (W_enc, b_enc, b_dec, W_dec, threshold, packed), (
         _DTYPE[W_enc.dtype],
-        _matrix(W_enc),
-        _vector(b_enc),
-        _vector(b_dec),
-        _matrix(W_dec),
+        *weights,
         k,
         None if threshold is None else _vector(threshold),
-        _packed(packed),
+        place_of_packed,
     )
+
+
+def _places(
+    W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, W_dec: Tensor, packed: Tensor | None
+) -> tuple[Any, ...]:
+    """The arguments that name the weights of an autoencoder, ``W_enc`` with unit columns."""
+    return _matrix(W_enc), _vector(b_enc), _vector(b_dec), _matrix(W_dec), _packed(packed)
 
 
 def _unit_columns(matrix: Tensor) -> Tensor:

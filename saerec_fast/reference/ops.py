@@ -193,6 +193,21 @@ def steer(
     return limit_change(x, steered, plan)
 
 
+def fold_normalization(
+    W_enc: Tensor, b_dec: Tensor, W_dec: Tensor, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``W_enc / std``, ``std · b_dec + mean`` and ``std · W_dec``: weights for hidden states in their own units.
+
+    In float32 at least, so that a bfloat16 weight is rounded once.
+    """
+    wide = torch.promote_types(W_enc.dtype, torch.float32)
+    return (
+        (W_enc.to(wide) / std).to(W_enc.dtype),
+        (b_dec.to(wide) * std + mean).to(b_dec.dtype),
+        (W_dec.to(wide) * std).to(W_dec.dtype),
+    )
+
+
 def along_directions(plan: SteeringPlan, values: Tensor) -> Tensor:
     """What the plan's directions add, ``(..., d)``, for the values ``(..., m)`` of all its edits."""
     places = [j for j, _ in plan.directions]

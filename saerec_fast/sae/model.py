@@ -27,10 +27,11 @@ from saerec_fast.api import (
     reconstruct,
     steer,
     steer_by_features,
+    steer_normalized,
 )
 from saerec_fast.backend import KERNEL_DTYPES, choose, is_transformed, is_watched
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
-from saerec_fast.reference import report_excess
+from saerec_fast.reference import fold_normalization, report_excess
 from saerec_fast.sae.activation_store import ActivationStore
 from saerec_fast.training_ops import largest_entries
 from saerec_fast.types import (
@@ -372,6 +373,14 @@ class SparseAutoencoder(nn.Module):
             check_weight("W_dec", W_dec, x)
             check_strengths(strengths, plan, x.shape[:-1], x)
             return steer_by_features(x, None, None, None, W_dec, None, plan, strengths=strengths, valid=valid)
+        if torch.compiler.is_compiling() and not self.training:
+            scalars = (self.mean, self.std) if self._is_normalized else None
+            activation = self._inference_activation()
+            steered = steer_normalized(
+                x, self._plain_weights(), scalars, activation, plan, strengths=strengths, valid=valid
+            )
+            if steered is not None:
+                return steered
         weights = self.folded_weights()
         return steer(
             x,
@@ -738,15 +747,8 @@ class SparseAutoencoder(nn.Module):
         return FoldedWeights(self.W_enc, self.b_enc, self.b_dec, self.W_dec)
 
     def _fold(self) -> FoldedWeights:
-        # In float32 at least, so that a bfloat16 weight is rounded once.
-        dtype = self.W_enc.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        return FoldedWeights(
-            (self.W_enc.to(wide) / self.std).to(dtype),
-            self.b_enc,
-            (self.b_dec.to(wide) * self.std + self.mean).to(dtype),
-            self._folded_decoder(),
-        )
+        W_enc, b_dec, W_dec = fold_normalization(self.W_enc, self.b_dec, self.W_dec, self.mean, self.std)
+        return FoldedWeights(W_enc, self.b_enc, b_dec, W_dec)
 
     def _folded_decoder(self) -> Tensor:
         dtype = self.W_dec.dtype
