@@ -57,8 +57,9 @@ def make_sae(activation: fast.Activation | None = None, **scalars: Any) -> fast.
     generator = torch.Generator().manual_seed(0)
     sae = fast.SparseAutoencoder(D, N, activation or fast.TopK(K), generator=generator, **scalars).eval()
     with torch.no_grad():
-        for parameter in (sae.b_enc, sae.b_dec):
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        # Biases that decide which features are selected.
+        sae.b_enc.copy_(torch.randn(N, generator=generator))
+        sae.b_dec.copy_(0.1 * torch.randn(D, generator=generator))
     return sae
 
 
@@ -95,6 +96,17 @@ def test_is_steer_with_folded_weights(rows: int, scalars: str, dtype: torch.dtyp
     for edits in (EDITS, (True, *EDITS[1:]), (False, *EDITS[1:3], per_row, mask), (True, [], [], torch.zeros(0), None)):
         for _ in range(2):
             assert_same_bits(run(sae, x, edits), fresh(sae, x, edits))
+
+
+@torch.no_grad()
+def test_of_a_dictionary_that_is_screened() -> None:
+    """Smaller ones are scored whole."""
+    generator = torch.Generator().manual_seed(0)
+    sae = fast.SparseAutoencoder(64, 1024, fast.TopK(K), generator=generator, mean=0.25, std=1.5).eval()
+    sae.b_enc.copy_(torch.randn(1024, generator=generator))
+    x = torch.randn(40, 64, generator=generator)
+    for edits in (EDITS, (True, *EDITS[1:])):
+        assert_same_bits(run(sae, x, edits), fresh(sae, x, edits))
 
 
 @pytest.mark.parametrize("scalars", SCALARS)
@@ -148,6 +160,17 @@ def test_each_autoencoder_has_its_own(packed: list[Tensor]) -> None:
         for sae in saes:
             assert_same_bits(run(sae, x), fresh(sae, x))
     assert len(packed) == len(cpu._kept) == 2
+
+
+@torch.no_grad()
+def test_another_owner_of_the_same_id() -> None:
+    x = hidden_states(ROWS)
+    first, second = make_sae(**SCALARS["plain"]), make_sae(**SCALARS["normalised"])
+    for sae in (first, second):
+        run(sae, x)
+    key = cpu._kept[id(second.W_enc)].key
+    cpu._kept[id(second.W_enc)] = cpu._kept[id(first.W_enc)]._replace(key=key)
+    assert_same_bits(run(second, x), fresh(second, x))
 
 
 @pytest.mark.parametrize("scalars", SCALARS)
