@@ -40,7 +40,6 @@ def operator_calls() -> dict[str, tuple]:
     exclude = torch.arange(13) * 2, torch.arange(24)
     threshold, edits = torch.tensor([0.3]), ([3, 3, 9], [0, 2, 1], torch.tensor([1.0, 0.5, 2.0]))
     mask = torch.arange(12) % 2 == 0
-    scalars = torch.tensor(0.25), torch.tensor(1.5)
     return {
         "linear_topk": (x, W_enc, b_enc, 7, None, None),
         "linear_topk exclude": (x, W_enc, None, 7, *exclude),
@@ -61,19 +60,28 @@ def operator_calls() -> dict[str, tuple]:
         "steer delta empty": (x, W_enc, b_enc, b_dec, W_dec, None, 7, False, [], [], torch.zeros(0), None),
         "steer reconstruct relu": (x, W_enc, b_enc, b_dec, W_dec, threshold, 0, True, *edits, mask),
         "steer reconstruct topk": (x, W_enc, b_enc, b_dec, W_dec, None, 7, True, *edits, None),
+    }
+
+
+def cpu_operator_calls() -> dict[str, tuple]:
+    """Of those that only the C++ kernels have."""
+    x, W_enc, b_enc, b_dec, W_dec = make_inputs(CASE)
+    edits, mask = ([3, 3, 9], [0, 2, 1], torch.tensor([1.0, 0.5, 2.0])), torch.arange(12) % 2 == 0
+    scalars = torch.tensor(0.25), torch.tensor(1.5)
+    return {
         "steer_normalized topk": (x, W_enc, b_enc, b_dec, W_dec, None, 7, False, *edits, mask, *scalars),
-        "steer_normalized relu": (x, W_enc, b_enc, b_dec, W_dec, threshold, 0, True, *edits, None, None, None),
+        "steer_normalized relu": (x, W_enc, b_enc, b_dec, W_dec, torch.tensor([0.3]), 0, True, *edits, *[None] * 3),
     }
 
 
 def test_every_operator_is_checked() -> None:
-    assert {name.split()[0] for name in operator_calls()} == {*ops._SCHEMAS, "steer_normalized"}
+    assert {name.split()[0] for name in operator_calls()} == set(ops._SCHEMAS)
 
 
 # The sparse_ operators and largest_entries serve training only and have no gradient of their own.
 OPCHECKS = [
     (name, requires_grad)
-    for name in operator_calls()
+    for name in {**operator_calls(), **cpu_operator_calls()}
     for requires_grad in (False, True)
     if not (requires_grad and name.startswith(("sparse_", "largest_")))
 ]
@@ -83,7 +91,7 @@ OPCHECKS = [
 # From opcheck, about what steer_normalized makes of its weights for the operator that has a gradient.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_opcheck(name: str, requires_grad: bool) -> None:
-    args = operator_calls()[name]
+    args = {**operator_calls(), **cpu_operator_calls()}[name]
     if requires_grad:
         # The fifth of encode_threshold, the sixth of steer are thresholds, which have no gradient.
         leaves = {"decode_sparse": (2, 3, 4), "linear_topk": (0, 1, 2), "steer": (0, 1, 2, 3, 4, 10)}
