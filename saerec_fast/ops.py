@@ -571,7 +571,7 @@ _libraries = {backend: _define(backend) for backend in NAMESPACES}
 
 
 def _steer_normalized_autograd(
-    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Tensor, W_dec: Tensor, *args: Any
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, W_dec: Tensor, *args: Any
 ) -> Tensor:
     *edits, mean, std = args
     operators = operators_of("cpu")

@@ -204,8 +204,13 @@ def fold_normalization(
     return (
         (W_enc.to(wide) / std).to(W_enc.dtype),
         (b_dec.to(wide) * std + mean).to(b_dec.dtype),
-        (W_dec.to(wide) * std).to(W_dec.dtype),
+        fold_decoder(W_dec, std),
     )
+
+
+def fold_decoder(W_dec: Tensor, std: Tensor) -> Tensor:
+    """The last of :func:`fold_normalization`, alone."""
+    return (W_dec.to(torch.promote_types(W_dec.dtype, torch.float32)) * std).to(W_dec.dtype)
 
 
 def along_directions(plan: SteeringPlan, values: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from saerec_fast.api import (
 )
 from saerec_fast.backend import KERNEL_DTYPES, choose, is_transformed, is_watched
 from saerec_fast.files import read_json, read_tensors, write_json, write_tensors
-from saerec_fast.reference import fold_normalization, report_excess
+from saerec_fast.reference import fold_decoder, fold_normalization, report_excess
 from saerec_fast.sae.activation_store import ActivationStore
 from saerec_fast.training_ops import largest_entries
 from saerec_fast.types import (
@@ -751,10 +751,7 @@ class SparseAutoencoder(nn.Module):
         return FoldedWeights(W_enc, self.b_enc, b_dec, W_dec)
 
     def _folded_decoder(self) -> Tensor:
-        dtype = self.W_dec.dtype
-        if not self._is_normalized:
-            return self.W_dec
-        return (self.W_dec.to(torch.promote_types(dtype, torch.float32)) * self.std).to(dtype)
+        return fold_decoder(self.W_dec, self.std) if self._is_normalized else self.W_dec
 
     def _inference_activation(self) -> Activation:
         activation = self.activation
